@@ -1,0 +1,1 @@
+"""Adaptive-computation control with statistical calibration."""

@@ -1,0 +1,1 @@
+"""Statistics for adaptive computation: arrays in, certificates out (no torch)."""

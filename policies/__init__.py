@@ -1,0 +1,1 @@
+"""Scores and stopping rules on torch tensors."""

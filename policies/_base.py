@@ -1,0 +1,187 @@
+"""The hook between a computation and a stopping rule: features in, one boolean per row out."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adaptive.calibration import InvalidArgumentError, Trace
+
+#: What a policy carries from one decision to the next: a flat mapping of device tensors.
+State = dict[str, Tensor]
+
+#: The features a loop can hand to a score.
+FEATURES = frozenset({"probe", "hidden", "previous", "logits", "pruned_logits", "answer"})
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a policy may look at after one stage, for the whole batch.
+
+    A field is ``None`` unless the score or the rule asked for it through its ``needs``.
+
+    Parameters
+    ----------
+    stage : int
+        Index of the exit, 0..K-2 (stage K-1 is full computation and is never asked).
+    position : Tensor, int64 [batch]
+        Number of tokens the row has generated before this one.
+    probe : Tensor, float32 [batch], optional
+        Logit of the exit's trained linear probe for "this exit agrees with the full model".
+    hidden : Tensor [batch, width], optional
+        Hidden state after the stage, before the final norm.
+    previous : Tensor [batch, width], optional
+        Hidden state at the exit before this one; ``None`` at the first exit.
+    logits : Tensor [batch, vocabulary], optional
+        Logits of the exit's readout.
+    pruned_logits : Tensor [batch, kept], optional
+        Logits of the exit's readout over its pruned vocabulary.
+    answer : Tensor, int64 [batch], optional
+        The token the exit's readout would emit.
+    """
+
+    stage: int
+    position: Tensor
+    probe: Tensor | None = None
+    hidden: Tensor | None = None
+    previous: Tensor | None = None
+    logits: Tensor | None = None
+    pruned_logits: Tensor | None = None
+    answer: Tensor | None = None
+
+
+class _Record(abc.ABC):
+    """JSON form shared by scores and rules: the class name and the dataclass fields."""
+
+    _classes: ClassVar[dict[str, type[Any]]]
+
+    @classmethod
+    def _register(cls, subclass: type[Any]) -> None:
+        cls._classes[subclass.__name__] = subclass
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: ``{"type": class name, **fields}``."""
+        assert dataclasses.is_dataclass(self)
+        return {"type": type(self).__name__} | {
+            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`; the class must be defined or imported."""
+        name = data.get("type")
+        if name not in cls._classes:
+            known = ", ".join(sorted(cls._classes))
+            raise InvalidArgumentError(
+                "type", name, f"one of {known} (import your own class first)"
+            )
+        found = cls._classes[name]
+        fields = {key: _restored(value) for key, value in data.items() if key != "type"}
+        built: Self = found(**fields)
+        return built
+
+
+def _plain(value: Any) -> Any:
+    """JSON cannot say infinity or tuple: write infinity as a string, records as their own form."""
+    if isinstance(value, _Record):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return str(value)
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(item) for item in value)
+    if isinstance(value, dict) and "type" in value:
+        for base in (AbstractScore, AbstractRule):
+            if value["type"] in base._classes:
+                return base.from_dict(value)
+    if value in ("inf", "-inf"):
+        return float(value)
+    return value
+
+
+class AbstractScore(_Record):
+    """A scalar per row and stage, from the features of that stage; higher means more settled.
+
+    A final subclass is a frozen dataclass. It names the features it reads in ``needs`` and must
+    be capture-safe: no host synchronisation, no branch on tensor values, fixed shapes.
+    """
+
+    _classes: ClassVar[dict[str, type[Any]]] = {}
+    needs: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        AbstractScore._register(cls)
+
+    @abc.abstractmethod
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """State at the start of a sequence (empty for scores without memory)."""
+
+    @abc.abstractmethod
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Score of every row, float32 [batch], and the new state."""
+
+
+class AbstractRule(_Record):
+    """A stopping rule over the scores of successive stages, with one ordered knob.
+
+    A final subclass is a frozen dataclass. The same ``decide`` runs offline over a trace and
+    online in a generation loop, so it must be capture-safe (see :class:`AbstractScore`).
+
+    ``nested`` says whether a cheaper member of the path never stops later than a safer one on
+    the same scores. Calibration does not need it; reports use it.
+    """
+
+    _classes: ClassVar[dict[str, type[Any]]] = {}
+    needs: ClassVar[frozenset[str]] = frozenset()
+    nested: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        AbstractRule._register(cls)
+
+    @abc.abstractmethod
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """State at the start of a sequence; thresholds live here, as device tensors."""
+
+    @abc.abstractmethod
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        """Whether each row stops at this stage, bool [batch], and the new state."""
+
+    def advance(self, state: State) -> State:
+        """State after a token is finished (override when memory is kept within a token only)."""
+        return state
+
+    @abc.abstractmethod
+    def with_knob(self, knob: float) -> Self:
+        """Return the member of the family at this value of the knob."""
+
+    @abc.abstractmethod
+    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
+        """At most ``size`` values of the knob, ordered from safest to cheapest.
+
+        The first never stops early. ``trace`` must be the fit split, never the test split.
+        """
+
+
+def check_stage(stages: tuple[int, ...]) -> tuple[int, ...]:
+    """Validate an ascending tuple of exit indices."""
+    if (
+        len(stages) == 0
+        or any(b <= a for a, b in zip(stages, stages[1:], strict=False))
+        or stages[0] < 0
+    ):
+        raise InvalidArgumentError(
+            "stages", stages, "a non-empty, strictly ascending tuple of exit indices >= 0"
+        )
+    return stages

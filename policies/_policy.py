@@ -1,0 +1,175 @@
+"""A policy: a score, a rule, the stages it asks at, how skipped layers are treated, a certificate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from adaptive.calibration import Certificate, CertificateError, InvalidArgumentError
+from adaptive.policies._base import AbstractRule, AbstractScore, Features, State, check_stage
+
+Mode = Literal["exact", "propagate", "verify"]
+_FILE = "policy.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A complete stopping policy, immutable once certified.
+
+    Parameters
+    ----------
+    score : AbstractScore
+        How settled the answer looks after a stage.
+    rule : AbstractRule
+        When to stop, given the scores.
+    stages : tuple of int
+        Exits at which the policy is asked, ascending, each in 0..K-2.
+    mode : {"exact", "propagate", "verify"}
+        What happens to the keys and values that a stopped token owes (see the runtime guide).
+    certificate : Certificate, optional
+        What is promised for this policy, and on what evidence.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``stages`` is empty or not ascending, or ``mode`` is unknown.
+    """
+
+    score: AbstractScore
+    rule: AbstractRule
+    stages: tuple[int, ...]
+    mode: Mode = "exact"
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        check_stage(self.stages)
+        if self.mode not in get_args(Mode):
+            raise InvalidArgumentError("mode", self.mode, f"one of {', '.join(get_args(Mode))}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Features that the score or the rule reads."""
+        return frozenset(self.score.needs) | frozenset(self.rule.needs)
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """State of score and rule at the start of a sequence."""
+        parts = {"score": self.score, "rule": self.rule}
+        return {
+            f"{name}.{key}": value
+            for name, part in parts.items()
+            for key, value in part.init(batch_size, device=device).items()
+        }
+
+    def update(self, features: Features, state: State) -> tuple[Tensor, Tensor, State]:
+        """Ask at one stage.
+
+        Returns
+        -------
+        stop : Tensor, bool [batch]
+        score : Tensor, float32 [batch]
+        state : State
+        """
+        score, score_state = self.score.score(features, _part(state, "score"))
+        stop, rule_state = self.rule.decide(features, score, _part(state, "rule"))
+        return stop, score, _joined(score_state, rule_state)
+
+    def advance(self, state: State) -> State:
+        """State after a token is finished."""
+        return _joined(_part(state, "score"), self.rule.advance(_part(state, "rule")))
+
+    def member(self, knob: float) -> Self:
+        """Return the member of the policy's family at this knob, uncertified."""
+        return replace(self, rule=self.rule.with_knob(knob), certificate=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, certificate included."""
+        return {
+            "schema": _SCHEMA,
+            "score": self.score.to_dict(),
+            "rule": self.rule.to_dict(),
+            "stages": list(self.stages),
+            "mode": self.mode,
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`.
+
+        Raises
+        ------
+        CertificateError
+            If the schema version is unknown or a field is missing.
+        """
+        if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise CertificateError(
+                f"policy schema {found!r} is not readable by this version (it reads {_SCHEMA})"
+            )
+        try:
+            certificate = data["certificate"]
+            return cls(
+                score=AbstractScore.from_dict(data["score"]),
+                rule=AbstractRule.from_dict(data["rule"]),
+                stages=tuple(data["stages"]),
+                mode=data["mode"],
+                certificate=None if certificate is None else Certificate.from_dict(certificate),
+            )
+        except (KeyError, TypeError) as error:
+            raise CertificateError(f"the policy file is damaged: {error!r}") from error
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write ``policy.json`` into ``directory``, whole or not at all; return its path."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / _FILE
+        partial = folder / f".{_FILE}.partial"
+        partial.write_text(
+            json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        partial.replace(target)
+        return target
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read a policy saved by :meth:`save_pretrained`.
+
+        Raises
+        ------
+        CertificateError
+            If there is no readable policy in ``directory``.
+        """
+        path = Path(directory)
+        path = path / _FILE if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CertificateError(f"no policy at {path}") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CertificateError(f"{path} is not a policy file: {error}") from error
+        return cls.from_dict(data)
+
+
+def _part(state: State, name: str) -> State:
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
+
+
+def _joined(score: State, rule: State) -> State:
+    return {f"score.{key}": value for key, value in score.items()} | {
+        f"rule.{key}": value for key, value in rule.items()
+    }
+
+
+def members(policy: Policy, knobs: Sequence[float]) -> tuple[Policy, ...]:
+    """Return the members of a policy's family at the given knobs, in order."""
+    return tuple(policy.member(knob) for knob in knobs)

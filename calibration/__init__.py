@@ -1,5 +1,21 @@
 """Statistics for adaptive computation: arrays in, certificates out (no torch)."""
 
+from adaptive.calibration._betting import (
+    agrapa_log_p,
+    agrapa_upper_bound,
+    star_log_p,
+    star_upper_bound,
+    wsr_log_p,
+    wsr_upper_bound,
+)
+from adaptive.calibration._binomial import (
+    binomial_log_p,
+    binomial_upper_bound,
+    log_betainc,
+    ratio_log_p,
+)
+from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._control import RiskControlResult, control_risk
 from adaptive.calibration._errors import (
     AdaptiveError,
     CertificateError,
@@ -8,12 +24,42 @@ from adaptive.calibration._errors import (
     InvalidTypeError,
     UnsupportedError,
 )
+from adaptive.calibration._methods import (
+    AbstractRiskTest,
+    ExactBinomial,
+    GrowthBets,
+    PredictableBets,
+    TargetBets,
+)
+from adaptive.calibration._planning import minimum_units, plan_units
+from adaptive.calibration._testing import fixed_sequence
 
 __all__ = [
+    "AbstractRiskTest",
     "AdaptiveError",
+    "Certificate",
     "CertificateError",
     "CertificateMismatchError",
+    "ExactBinomial",
+    "GrowthBets",
     "InvalidArgumentError",
     "InvalidTypeError",
+    "PredictableBets",
+    "RiskControlResult",
+    "TargetBets",
     "UnsupportedError",
+    "agrapa_log_p",
+    "agrapa_upper_bound",
+    "binomial_log_p",
+    "binomial_upper_bound",
+    "control_risk",
+    "fixed_sequence",
+    "log_betainc",
+    "minimum_units",
+    "plan_units",
+    "ratio_log_p",
+    "star_log_p",
+    "star_upper_bound",
+    "wsr_log_p",
+    "wsr_upper_bound",
 ]

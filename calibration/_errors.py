@@ -21,10 +21,8 @@ class InvalidArgumentError(AdaptiveError, ValueError):
 
     Examples
     --------
-    >>> raise InvalidArgumentError("risk", 1.5, "in (0, 1)")
-    Traceback (most recent call last):
-        ...
-    adaptive.calibration._errors.InvalidArgumentError: `risk` must be in (0, 1), got 1.5
+    >>> print(InvalidArgumentError("risk", 1.5, "in (0, 1)"))
+    `risk` must be in (0, 1), got 1.5
     """
 
     def __init__(self, argument: str, value: object, expected: str) -> None:

@@ -65,8 +65,7 @@ def check_risk(risk: object, bound: object) -> tuple[float, float]:
     upper = check_positive("bound", bound)
     level = check_positive("risk", risk)
     if level >= upper:
-        span = f"(0, {upper:g})"
-        raise InvalidArgumentError("risk", risk, f"in {span}: at or above `bound` nothing is left")
+        raise InvalidArgumentError("risk", risk, f"in (0, {upper:g})")
     return level, upper
 
 

@@ -1,0 +1,199 @@
+"""The certificate: what is promised, for what, on what evidence; frozen, readable, portable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from adaptive.calibration._errors import CertificateError
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("adaptive-control", "numpy", "scipy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """A statistical promise about one configuration, with all that is needed to check it.
+
+    Parameters
+    ----------
+    holds : bool
+        Whether a configuration beyond full computation is certified.
+    risk, delta : float
+        P(true risk <= risk) >= 1 - delta, over the draw of the calibration units. `risk` is a
+        mapping from names to levels where several risks are promised at once.
+    loss, unit : str
+        What is averaged, over what.
+    method, procedure : str
+        The test and the way of testing many configurations, as `control_risk` names them.
+    n : int
+        Independent units in the test.
+    index : int or None
+        Column that is certified for use; None is full computation.
+    knob : float or None
+        Value of the policy's knob at `index`, where there is one.
+    cost : float or None
+        Measured cost of `index`, where costs were given.
+    evidence : dict
+        Visited columns, their log p-values, levels and mean losses, as `verify` recomputes them.
+    bound : float
+        Declared upper bound of the loss (a mapping for several risks).
+    assumptions, notes : tuple of str
+        Sentences: what the guarantee rests on; what else a reader should know.
+    split, fingerprints, decoding, versions : dict
+        Seed and counts; hashes of data, model, exits; decoding settings; library versions.
+    created : str
+        ISO 8601 time.
+    schema_version : int
+        Version of this schema; others are refused when read.
+    """
+
+    holds: bool
+    risk: float | dict[str, float]
+    delta: float
+    loss: str
+    unit: str
+    method: str
+    procedure: str
+    n: int
+    index: int | None
+    evidence: dict[str, Any]
+    bound: float | dict[str, float]
+    assumptions: tuple[str, ...]
+    split: dict[str, Any]
+    knob: float | None = None
+    cost: float | None = None
+    fingerprints: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    notes: tuple[str, ...] = ()
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema_version: int = SCHEMA_VERSION
+
+    def statement(self) -> str:
+        """Return the promise as one paragraph of plain words, its limits included."""
+        reasons = " ".join(self.notes)
+        if not self.holds:
+            return (
+                f"Nothing beyond full computation is certified at {self._promise()} "
+                f"(delta = {self.delta:g}, {self.n} {self.unit}s, {self.method} test, "
+                f"{self.procedure}). Full computation is used: its loss is zero by construction. "
+                f"{reasons}"
+            ).strip()
+        knob = "" if self.knob is None else f" (knob {self.knob:.6g})"
+        assumed = "; ".join(self.assumptions)
+        return (
+            f"With probability at least {1 - self.delta:.6g} over the draw of the {self.n} "
+            f"calibration {self.unit}s, configuration {self.index}{knob} has {self._promise()} on "
+            f"{self.unit}s drawn like them. The {self.delta:g} is the chance that such a draw "
+            f"misleads the calibration; it is not a rate per {self.unit}, and the promise is about "
+            f"the mean over {self.unit}s, not about each one, nor about other traffic. "
+            f"Evidence: {self.method} test, {self.procedure}. Assumed: {assumed}. {reasons}"
+        ).strip()
+
+    @property
+    def summary(self) -> str:
+        """One line: the outcome, the promise, the evidence."""
+        place = f"column {self.index}" if self.holds else "full computation (nothing certified)"
+        return (
+            f"{place}: {self._promise()}, confidence {1 - self.delta:.6g}, "
+            f"n = {self.n} {self.unit}s, {self.method}, {self.procedure}"
+        )
+
+    def verify(self, losses: Any, *, groups: ArrayLike | None = None) -> bool:
+        """Return whether `losses` give this evidence and this decision when tested again.
+
+        Parameters
+        ----------
+        losses : array_like, callable, or mapping of them
+            The losses of the test split as `control_risk` takes them, units in the same order.
+        groups : array_like, optional
+            The groups that were given to `control_risk`.
+
+        Returns
+        -------
+        bool
+            True if every visited column's log p-value is reproduced to 1e-6 relative, and the
+            recorded decision follows from them.
+        """
+        from adaptive.calibration._control import verify_certificate
+
+        return verify_certificate(self, losses, groups=groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the certificate as plain JSON-ready values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
+        """Return the certificate that `to_dict` wrote.
+
+        Raises
+        ------
+        CertificateError
+            If the schema version is unknown, or fields are missing or unknown.
+        """
+        if not isinstance(values, Mapping):
+            raise CertificateError("a certificate must be a JSON object")
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CertificateError(
+                f"certificate schema version {version!r} is unknown; this library reads "
+                f"version {SCHEMA_VERSION}"
+            )
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(set(fields) - set(values))
+        if unknown or missing:
+            raise CertificateError(
+                f"certificate fields do not fit: missing {missing}, unknown {unknown}"
+            )
+        lists = {name: tuple(values[name]) for name in ("assumptions", "notes")}
+        return cls(**{**values, **lists})
+
+    def to_json(self) -> str:
+        """Return the certificate as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Certificate:
+        """Return the certificate that `to_json` wrote.
+
+        Raises
+        ------
+        CertificateError
+            If the text is not JSON or not a certificate of a known version.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise CertificateError(f"a certificate must be JSON: {error}") from error
+        return cls.from_dict(values)
+
+    def __str__(self) -> str:
+        return self.statement()
+
+    def _promise(self) -> str:
+        if isinstance(self.risk, dict):
+            return " and ".join(f"mean {name} <= {r:g}" for name, r in self.risk.items())
+        return f"mean {self.loss} <= {self.risk:g}"
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the evidence depends on."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions

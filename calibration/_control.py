@@ -1,0 +1,587 @@
+"""The one door to risk control: losses in, a certified configuration and its certificate out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
+from adaptive.calibration._losses import LossColumns, Losses, loss_columns
+from adaptive.calibration._methods import (
+    TESTS,
+    AbstractRiskTest,
+    PredictableBets,
+    TargetBets,
+    choose_test,
+)
+from adaptive.calibration._planning import minimum_units
+from adaptive.calibration._testing import Tested, mask_of, walk_fixed_sequence
+from adaptive.calibration._validation import (
+    Rng,
+    as_generator,
+    check_choice,
+    check_probability,
+    group_codes,
+    require_at_least,
+)
+
+PROCEDURES = ("fixed-sequence",)
+FIXED_LEVEL = ("fixed-sequence",)
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class RiskControlResult:
+    """Outcome of `control_risk`.
+
+    Parameters
+    ----------
+    index : int or None
+        The last certified column; None means that full computation (column 0) is to be used.
+    chosen : int or None
+        The certified column with the least measured cost, where `costs` were given; None if none
+        beats full computation. Equal to `index` without costs.
+    certified : ndarray of bool, [n_columns]
+        Columns that are certified together. Column 0 is true: its loss is zero by construction.
+    visited : tuple of int
+        Columns that were computed and tested, in that order.
+    log_p_values, levels, means : ndarray of float64, [n_columns]
+        Natural log of the p-value, the level it was held against, and the mean loss; NaN where a
+        column was not visited. For several risks the p-value is the largest of theirs and the mean
+        is that of the first.
+    certificate : Certificate
+        What is promised, on what evidence.
+    groups : dict
+        One result per group where certificates per group were asked for.
+    """
+
+    index: int | None
+    chosen: int | None
+    certified: NDArray[np.bool_]
+    visited: tuple[int, ...]
+    log_p_values: NDArray[np.float64]
+    levels: NDArray[np.float64]
+    means: NDArray[np.float64]
+    certificate: Certificate
+    groups: dict[str, RiskControlResult] = field(default_factory=dict)
+
+    @property
+    def p_values(self) -> NDArray[np.float64]:
+        """p-values [n_columns], NaN where not visited; may underflow to 0."""
+        return np.exp(self.log_p_values)
+
+    @property
+    def evidence(self) -> NDArray[np.float64]:
+        """Evidence against "the risk is above the promise" [n_columns]: -ln p, or log wealth."""
+        return -self.log_p_values
+
+    def to_frame(self) -> Any:
+        """Return one row per column as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "certified": self.certified,
+                "mean_loss": self.means,
+                "log_p_value": self.log_p_values,
+                "level": self.levels,
+            },
+            index=pd.RangeIndex(self.certified.size, name="column"),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"RiskControlResult(index={self.index}, chosen={self.chosen}, "
+            f"certified={int(self.certified.sum())} of {self.certified.size} columns, "
+            f"visited={len(self.visited)})\n  {self.certificate.summary}"
+        )
+
+
+def control_risk(
+    losses: Losses,
+    *,
+    risk: float | Mapping[str, float],
+    delta: float = 0.05,
+    bound: float | Mapping[str, float] = 1.0,
+    loss_type: str | Mapping[str, str] = "bounded",
+    method: str | AbstractRiskTest = "auto",
+    procedure: str = "fixed-sequence",
+    n_columns: int | None = None,
+    starts: Sequence[int] = (1,),
+    groups: ArrayLike | None = None,
+    per_group: bool = False,
+    costs: ArrayLike | None = None,
+    rng: Rng = None,
+    loss: str = "loss",
+    unit: str = "unit",
+    progress: Progress | None = None,
+) -> RiskControlResult:
+    r"""Certify the cheapest configuration whose true risk is at most `risk`.
+
+    Columns are configurations ordered from safest to cheapest, rows are independent units. With
+    probability at least 1 - delta over the draw of the units, **every** certified column j has
+    :math:`E L_j \le risk`. Column 0 is full computation: its loss is zero by construction, it is
+    neither tested nor computed. Testing stops at the first failure, and the last *passing* column
+    is returned; how the risk varies along the columns is irrelevant to the guarantee.
+
+    Parameters
+    ----------
+    losses : array_like [n_units, n_columns], callable, or mapping from names to these
+        Losses of at most `bound`; negative values (better than full computation) are welcome in
+        the betting tests. A callable `f(column) -> [n_units]` is asked only for the columns that
+        the procedure visits (give `n_columns`); units must come in the same order every time. A
+        mapping controls several risks at once: a column passes if all of them do.
+    risk : float or mapping
+        Promise, in (0, bound); one per name for several risks.
+    delta : float
+        Error probability, in (0, 1).
+    bound : float or mapping
+        Declared upper bound of the loss; a larger loss is an error, never clipped.
+    loss_type : {"bounded", "binary"} or mapping
+        Declared, not inferred: "binary" means losses of 0 and 1 and selects the exact test.
+    method : str or AbstractRiskTest
+        "auto" decides by `loss_type`, the number of units, `delta` and `procedure` alone.
+    procedure : str
+        How many columns are tested together; "fixed-sequence" visits columns in order.
+    n_columns : int, optional
+        Number of columns, required for a callable.
+    starts : sequence of int
+        First column of the sequence, or several: each then begins with an equal share of delta.
+        Must be chosen without looking at these losses. Columns before the first are not certified.
+    groups : array_like, [n_units], optional
+        Cluster of each unit. The cluster is then the unit: its loss is the mean over its members,
+        and the risk is the mean over clusters. With `per_group` instead the groups are populations.
+    per_group : bool
+        Certify separately within each group at delta / (number of groups), so that the promises
+        hold together; `index` is then certified in every group and `groups` has each one's own.
+    costs : array_like, [n_columns], optional
+        Measured cost per column; `chosen` is the cheapest certified column if it beats column 0.
+    rng : int, Generator or None
+        Fixes the order of the units before any loss is read; None is seed 0.
+    loss, unit : str
+        Names of the loss and of the unit in the certificate.
+    progress : callable, optional
+        Called as `progress(column, log_p_value)` after each visited column.
+
+    Returns
+    -------
+    RiskControlResult
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a visited loss is NaN, infinite, above its bound, or not 0/1 where declared binary.
+
+    Notes
+    -----
+    Guarantee: family-wise error at most delta in finite samples, for independent units. Units that
+    are too few give `index` None and a certificate that says how many would do, not an error.
+
+    References
+    ----------
+    Angelopoulos et al. (2025), Learn then test, doi:10.1214/24-AOAS1998. Bauer (1991) on fixed
+    sequences. Tests: see `adaptive.calibration.wsr_log_p`, `star_log_p`, `binomial_log_p`.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(1)
+    >>> losses = rng.random((500, 4)) < [0.0, 0.01, 0.02, 0.2]
+    >>> control_risk(losses, risk=0.05, loss_type="binary").index
+    2
+    """
+    check_probability("delta", delta)
+    check_choice("procedure", procedure, PROCEDURES)
+    sources = loss_columns(
+        losses, risk=risk, bound=bound, loss_type=loss_type, n_columns=n_columns, name=loss
+    )
+    order_seed = int(as_generator(rng).integers(2**32))
+    clustered = groups is not None and not per_group
+    settings = _Settings(
+        delta, method, procedure, tuple(starts), order_seed, "cluster" if clustered else unit
+    )
+    price = _costs(costs, sources[0].n_columns)
+    if per_group:
+        if groups is None:
+            raise InvalidArgumentError("groups", None, "given with `per_group`")
+        return _control_per_group(sources, groups, settings, price, progress)
+    if groups is not None:
+        sources = tuple(source.cluster(groups) for source in sources)
+    return _control(sources, settings, price, progress)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    delta: float
+    method: str | AbstractRiskTest
+    procedure: str
+    starts: tuple[int, ...]
+    order_seed: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What one visited column gave, one entry per loss."""
+
+    log_p: float
+    means: tuple[float, ...]
+    positive_means: tuple[float, ...]
+    digests: tuple[str, ...]
+
+
+class _Examiner:
+    """Reads columns as the procedure asks for them, orders their units, tests, remembers."""
+
+    def __init__(self, sources: tuple[LossColumns, ...], settings: _Settings) -> None:
+        self.sources, self.settings = sources, settings
+        self.visits: dict[int, _Visit] = {}
+        self.tests: tuple[AbstractRiskTest, ...] = ()
+        self.order: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+
+    @property
+    def n_units(self) -> int:
+        return int(self.order.size)
+
+    def read(self, source: LossColumns, column: int) -> NDArray[np.float64]:
+        """Return one column [n_units, 1] in the order fixed by the seed."""
+        values = source.column(column)
+        if not self.tests:
+            self._begin(values.size)
+        if values.size != self.n_units:
+            raise InvalidArgumentError(
+                "losses", f"{values.size} units in column {column}", f"{self.n_units} units in each"
+            )
+        return values[self.order, None]
+
+    def visit(self, column: int) -> float:
+        """Return the log p-value of one column, the largest over the losses."""
+        delta = self.settings.delta / len(self.settings.starts)
+        parts = []
+        for i, source in enumerate(self.sources):
+            losses = self.read(source, column)
+            test = self.tests[i]
+            require_at_least(
+                "losses", losses, test.least, reason=f"{test.name} test", first_column=column
+            )
+            log_p = test.log_p_values(losses, risk=source.risk, delta=delta, bound=source.bound)
+            digest = hashlib.sha256(np.ascontiguousarray(losses).tobytes()).hexdigest()[:16]
+            parts.append((float(log_p[0]), losses.mean(), np.maximum(losses, 0.0).mean(), digest))
+        log_ps, means, positive, digests = zip(*parts, strict=True)
+        self.visits[column] = _Visit(
+            max(log_ps), tuple(map(float, means)), tuple(map(float, positive)), digests
+        )
+        return self.visits[column].log_p
+
+    def upper_bounds(self, column: int) -> dict[str, float]:
+        """Return pointwise upper bounds of the losses of one column at confidence 1 - delta."""
+        bounds = {}
+        for source, test in zip(self.sources, self.tests, strict=True):
+            fast = PredictableBets() if isinstance(test, TargetBets) else test
+            upper = fast.upper_bounds(
+                self.read(source, column), delta=self.settings.delta, bound=source.bound
+            )
+            bounds[source.name] = float(upper[0])
+        return bounds
+
+    def _begin(self, n_units: int) -> None:
+        self.order = np.random.default_rng(self.settings.order_seed).permutation(n_units)
+        self.tests = tuple(
+            choose_test(
+                self.settings.method,
+                loss_type=source.test_type,
+                n_units=n_units,
+                fixed_level=self.settings.procedure in FIXED_LEVEL,
+            )
+            for source in self.sources
+        )
+
+
+def _control(
+    sources: tuple[LossColumns, ...],
+    settings: _Settings,
+    price: NDArray[np.float64] | None,
+    progress: Progress | None,
+) -> RiskControlResult:
+    examiner = _Examiner(sources, settings)
+
+    def evaluate(column: int) -> float:
+        log_p = examiner.visit(column)
+        if progress is not None:
+            progress(column, log_p)
+        return log_p
+
+    tested = _run_procedure(settings, sources[0].n_columns, evaluate)
+    index = tested.rejected[-1] if tested.rejected else None
+    chosen = _cheapest(tested.rejected, price)
+    certificate = _certificate(examiner, tested, index, price)
+    count = sources[0].n_columns
+    certified = mask_of(tested.rejected, count)
+    certified[0] = True
+    visits = examiner.visits
+    return RiskControlResult(
+        index=index,
+        chosen=chosen,
+        certified=certified,
+        visited=tested.visited,
+        log_p_values=_spread(count, {j: v.log_p for j, v in visits.items()}),
+        levels=_spread(count, tested.levels),
+        means=_spread(count, {j: v.means[0] for j, v in visits.items()}),
+        certificate=certificate,
+    )
+
+
+def _run_procedure(settings: _Settings, count: int, evaluate: Callable[[int], float]) -> Tested:
+    if min(settings.starts) < 1:
+        raise InvalidArgumentError("starts", settings.starts, "at least 1: column 0 is not tested")
+    return walk_fixed_sequence(evaluate, count=count, starts=settings.starts, delta=settings.delta)
+
+
+def _control_per_group(
+    sources: tuple[LossColumns, ...],
+    groups: ArrayLike,
+    settings: _Settings,
+    price: NDArray[np.float64] | None,
+    progress: Progress | None,
+) -> RiskControlResult:
+    labels = np.asarray(groups)
+    codes, names = group_codes(labels, labels.size)
+    shared = dataclasses.replace(settings, delta=settings.delta / len(names))
+    parts = {
+        str(name): _control(
+            tuple(source.within(codes == g) for source in sources), shared, price, progress
+        )
+        for g, name in enumerate(names)
+    }
+    results = tuple(parts.values())
+    certified = np.logical_and.reduce([part.certified for part in results])
+    indices = tuple(int(j) for j in np.flatnonzero(certified) if j > 0)
+    index = indices[-1] if indices else None
+    worst = max(results, key=lambda part: -1 if part.index is None else -part.index)
+    notes = (
+        f"The promise holds jointly for each of the {len(names)} groups "
+        f"({', '.join(parts)}), each tested at delta = {shared.delta:.6g}.",
+        *(note for part in results if part.index is None for note in part.certificate.notes),
+    )
+    certificate = dataclasses.replace(
+        worst.certificate,
+        holds=index is not None,
+        index=index,
+        cost=None if index is None or price is None else float(price[index]),
+        delta=settings.delta,
+        n=sum(part.certificate.n for part in results),
+        evidence={"groups": {name: part.certificate.to_dict() for name, part in parts.items()}},
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    return RiskControlResult(
+        index=index,
+        chosen=_cheapest(indices, price),
+        certified=certified,
+        visited=tuple(sorted({j for part in results for j in part.visited})),
+        log_p_values=np.max([part.log_p_values for part in results], axis=0),
+        levels=np.full(certified.size, shared.delta),
+        means=np.max([part.means for part in results], axis=0),
+        certificate=certificate,
+        groups=parts,
+    )
+
+
+def _certificate(
+    examiner: _Examiner, tested: Tested, index: int | None, price: NDArray[np.float64] | None
+) -> Certificate:
+    sources, settings = examiner.sources, examiner.settings
+    names = [source.name for source in sources]
+    single = len(sources) == 1
+    visits = [examiner.visits[j] for j in tested.visited]
+    tests = tuple(dict.fromkeys(test.name for test in examiner.tests))
+    assumed = [
+        sentence
+        for source, test in zip(sources, examiner.tests, strict=True)
+        for sentence in test.assumptions(source.bound)
+    ]
+    evidence = {
+        "losses": [
+            {
+                "name": source.name,
+                "risk": source.risk,
+                "bound": source.bound,
+                "loss_type": source.loss_type,
+                "test": test.name,
+            }
+            for source, test in zip(sources, examiner.tests, strict=True)
+        ],
+        "n_columns": sources[0].n_columns,
+        "starts": list(settings.starts),
+        "columns": list(tested.visited),
+        "certified": list(tested.rejected),
+        "log_p_values": [visit.log_p for visit in visits],
+        "levels": [tested.levels[j] for j in tested.visited],
+        "means": {n: [visit.means[i] for visit in visits] for i, n in enumerate(names)},
+        "positive_part_means": {
+            n: [visit.positive_means[i] for visit in visits] for i, n in enumerate(names)
+        },
+        "upper_bound": None if index is None else examiner.upper_bounds(index),
+    }
+    return Certificate(
+        holds=index is not None,
+        risk=sources[0].risk if single else {source.name: source.risk for source in sources},
+        delta=settings.delta,
+        loss=" and ".join(names),
+        unit=settings.unit,
+        method=" and ".join(tests),
+        procedure=settings.procedure,
+        n=examiner.n_units,
+        index=index,
+        cost=None if index is None or price is None else float(price[index]),
+        evidence=evidence,
+        bound=sources[0].bound if single else {source.name: source.bound for source in sources},
+        assumptions=tuple(dict.fromkeys(assumed)),
+        split={"order_seed": settings.order_seed, "n_test": examiner.n_units},
+        fingerprints={"losses": {str(j): list(examiner.visits[j].digests) for j in tested.visited}},
+        notes=_notes(examiner, tested, index),
+    )
+
+
+def _notes(examiner: _Examiner, tested: Tested, index: int | None) -> tuple[str, ...]:
+    notes = []
+    for i, (source, test) in enumerate(zip(examiner.sources, examiner.tests, strict=True)):
+        if test.asymptotic:
+            notes.append(f"The {test.name} test is asymptotic: no finite-sample guarantee.")
+        if source.codes is not None:
+            notes.append("The unit is the cluster: its loss is the mean over its members.")
+        if index is None:
+            notes.append(_why_not(examiner, tested, i))
+        elif examiner.visits[index].positive_means[i] > examiner.visits[index].means[i]:
+            notes.append(
+                f"Negative values of {source.name} offset positive ones; the mean of the "
+                f"positive part at column {index} was "
+                f"{examiner.visits[index].positive_means[i]:.6g}."
+            )
+    return tuple(notes)
+
+
+def _why_not(examiner: _Examiner, tested: Tested, i: int) -> str:
+    source, test, n = examiner.sources[i], examiner.tests[i], examiner.n_units
+    level = max(tested.levels.values())
+    least = minimum_units(
+        source.risk, level, method=test, loss_type=source.test_type, bound=source.bound
+    )
+    if n < least:
+        return (
+            f"{n} {examiner.settings.unit}s are too few: with zero {source.name} on all of them "
+            f"this test needs {least}."
+        )
+    first = tested.visited[0]
+    mean = examiner.visits[first].means[i]
+    if mean >= source.risk:
+        return f"Column {first}, the first tested, has mean {source.name} {mean:.6g} itself."
+    return (
+        f"Column {first}, the first tested, has mean {source.name} {mean:.6g}: below the promise, "
+        f"but the evidence is too weak (p = {math.exp(examiner.visits[first].log_p):.3g}); "
+        f"see `plan_units` for how many {examiner.settings.unit}s would do."
+    )
+
+
+def verify_certificate(
+    certificate: Certificate, losses: Losses, *, groups: ArrayLike | None
+) -> bool:
+    """Return whether the losses reproduce the certificate's evidence and decision.
+
+    Raises
+    ------
+    UnsupportedError
+        If the certificate names a test that this library does not have.
+    """
+    if "groups" in certificate.evidence:
+        return _verify_groups(certificate, losses, groups)
+    sources = _recorded_sources(certificate, losses)
+    if groups is not None:
+        sources = tuple(source.cluster(groups) for source in sources)
+    return _verify_one(certificate, sources)
+
+
+def _verify_groups(certificate: Certificate, losses: Losses, groups: ArrayLike | None) -> bool:
+    if groups is None:
+        raise InvalidArgumentError("groups", None, "given: the certificate is per group")
+    labels = np.asarray(groups)
+    codes, names = group_codes(labels, labels.size)
+    recorded = certificate.evidence["groups"]
+    if {str(name) for name in names} != set(recorded):
+        return False
+    parts = {name: Certificate.from_dict(values) for name, values in recorded.items()}
+    agreed = all(
+        _verify_one(part, tuple(s.within(codes == g) for s in _recorded_sources(part, losses)))
+        for g, part in enumerate(parts[str(name)] for name in names)
+    )
+    shared = set.intersection(*(set(part.evidence["certified"]) for part in parts.values()))
+    return agreed and certificate.index == (max(shared) if shared else None)
+
+
+def _recorded_sources(certificate: Certificate, losses: Losses) -> tuple[LossColumns, ...]:
+    recorded = certificate.evidence["losses"]
+    facts = {
+        key: {entry["name"]: entry[key] for entry in recorded}
+        for key in ("risk", "bound", "loss_type")
+    }
+    table = losses if isinstance(losses, Mapping) else {recorded[0]["name"]: losses}
+    count = certificate.evidence["n_columns"]
+    return loss_columns(table, n_columns=count, name="", **facts)
+
+
+def _verify_one(certificate: Certificate, sources: tuple[LossColumns, ...]) -> bool:
+    evidence = certificate.evidence
+    known = {test.name: test for test in TESTS}
+    missing = [e["test"] for e in evidence["losses"] if e["test"] not in known]
+    if missing:
+        raise UnsupportedError(f"cannot verify: this library has no test named {missing[0]!r}")
+    settings = _Settings(
+        certificate.delta,
+        "auto",
+        certificate.procedure,
+        tuple(evidence["starts"]),
+        certificate.split["order_seed"],
+        certificate.unit,
+    )
+    examiner = _Examiner(sources, settings)
+    examiner.tests = tuple(known[entry["test"]]() for entry in evidence["losses"])
+    examiner.order = np.random.default_rng(settings.order_seed).permutation(certificate.n)
+    again = _run_procedure(settings, sources[0].n_columns, examiner.visit)
+    if list(again.visited) != evidence["columns"] or list(again.rejected) != evidence["certified"]:
+        return False
+    found = [examiner.visits[j].log_p for j in again.visited]
+    index = again.rejected[-1] if again.rejected else None
+    return bool(np.allclose(found, evidence["log_p_values"], rtol=1e-6, atol=1e-9)) and (
+        certificate.index == index and certificate.holds == (index is not None)
+    )
+
+
+def _costs(costs: ArrayLike | None, count: int) -> NDArray[np.float64] | None:
+    if costs is None:
+        return None
+    price = np.asarray(costs, dtype=np.float64)
+    if price.shape != (count,) or not np.isfinite(price).all():
+        raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
+    return price
+
+
+def _cheapest(rejected: Sequence[int], price: NDArray[np.float64] | None) -> int | None:
+    if not rejected:
+        return None
+    if price is None:
+        return rejected[-1]
+    best = min(rejected, key=lambda j: price[j])
+    return best if price[best] < price[0] else None
+
+
+def _spread(count: int, values: Mapping[int, float]) -> NDArray[np.float64]:
+    out = np.full(count, np.nan)
+    for j, value in values.items():
+        out[j] = value
+    return out

@@ -32,7 +32,21 @@ from adaptive.calibration._methods import (
     TargetBets,
 )
 from adaptive.calibration._planning import minimum_units, plan_units
+from adaptive.calibration._risk_curve import (
+    DepartureCurve,
+    RiskCurve,
+    departure_curve,
+    risk_curve,
+    stop_stages,
+)
 from adaptive.calibration._testing import fixed_sequence
+from adaptive.calibration._trace import (
+    Trace,
+)
+from adaptive.calibration._trace_io import (
+    load_trace,
+    save_trace,
+)
 
 __all__ = [
     "AbstractRiskTest",
@@ -40,26 +54,34 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "CertificateMismatchError",
+    "DepartureCurve",
     "ExactBinomial",
     "GrowthBets",
     "InvalidArgumentError",
     "InvalidTypeError",
     "PredictableBets",
     "RiskControlResult",
+    "RiskCurve",
     "TargetBets",
+    "Trace",
     "UnsupportedError",
     "agrapa_log_p",
     "agrapa_upper_bound",
     "binomial_log_p",
     "binomial_upper_bound",
     "control_risk",
+    "departure_curve",
     "fixed_sequence",
+    "load_trace",
     "log_betainc",
     "minimum_units",
     "plan_units",
     "ratio_log_p",
+    "risk_curve",
+    "save_trace",
     "star_log_p",
     "star_upper_bound",
+    "stop_stages",
     "wsr_log_p",
     "wsr_upper_bound",
 ]

@@ -1,0 +1,156 @@
+"""From logits to tokens: processors, then argmax or sampling with noise that can be read twice."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+
+class AbstractNoise(abc.ABC):
+    """Standard exponential noise per generated token; the same token always gets the same noise.
+
+    A token is sampled as ``argmax(probabilities / noise)``, which is how torch draws from a
+    categorical distribution. Reading the noise twice lets the full model's choice at a settled
+    token be told apart from a mere second draw.
+    """
+
+    @abc.abstractmethod
+    def at(self, index: int, like: Tensor) -> Tensor:
+        """Noise for the token with this index among the generated ones, shaped as ``like``."""
+
+    def release(self, index: int) -> None:
+        """Say that tokens before ``index`` will not be asked for again."""
+        return
+
+
+class KeyedNoise(AbstractNoise):
+    """Noise that is a function of (seed, unit, token index, vocabulary entry) alone.
+
+    A row gets the same noise whoever else is in the batch, on every device.
+
+    Parameters
+    ----------
+    units : Tensor, int64 [batch]
+        A number per row that stays with the unit.
+    seed : int
+    """
+
+    def __init__(self, units: Tensor, seed: int) -> None:
+        self._units = units.to(torch.int64)
+        self._seed = seed
+
+    def at(self, index: int, like: Tensor) -> Tensor:
+        """See :class:`AbstractNoise`."""
+        entries = torch.arange(like.shape[-1], device=like.device)[None, :]
+        row = _mix(self._units.to(like.device) + _mix_int(self._seed))
+        token = _mix(row + index)[:, None]
+        bits = _mix(token + entries) >> 11 & (1 << 53) - 1
+        uniform = (bits.to(torch.float64) + 0.5) * 2.0**-53
+        return (-uniform.log()).to(like.dtype)
+
+
+class StreamNoise(AbstractNoise):
+    """Noise drawn from torch's global generator, token by token, as ``generate`` draws it.
+
+    Same seed, same tokens as ``model.generate(do_sample=True)``. Drawn once per token index and
+    kept until released, so that reading it again does not move the generator.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: dict[int, Tensor] = {}
+
+    def at(self, index: int, like: Tensor) -> Tensor:
+        """See :class:`AbstractNoise`."""
+        if index not in self._drawn:
+            self._drawn[index] = torch.empty_like(like).exponential_(1)
+        return self._drawn[index]
+
+    def release(self, index: int) -> None:
+        """See :class:`AbstractNoise`."""
+        self._drawn = {key: value for key, value in self._drawn.items() if key >= index}
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The configured way from raw logits to the next token.
+
+    Parameters
+    ----------
+    processors : LogitsProcessorList
+    noise : AbstractNoise, optional
+        ``None`` for greedy decoding.
+    """
+
+    processors: LogitsProcessorList
+    noise: AbstractNoise | None
+
+    def __call__(self, prefix: Tensor, logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Choose one token per row.
+
+        Parameters
+        ----------
+        prefix : Tensor, int64 [batch, length]
+        logits : Tensor [batch, vocabulary]
+        index : int
+            Number of tokens generated before this one.
+
+        Returns
+        -------
+        tokens : Tensor, int64 [batch]
+        scores : Tensor, float32 [batch, vocabulary]
+            Logits after the processors.
+        """
+        scores = logits.float()
+        if self.processors:
+            # a processor may write in place; the caller's logits stay what they were
+            scores = self.processors(prefix, scores.clone())
+        if self.noise is None:
+            return scores.argmax(dim=-1), scores
+        probabilities = torch.softmax(scores, dim=-1)
+        return (probabilities / self.noise.at(index, probabilities)).argmax(dim=-1), scores
+
+    def each(self, ids: Tensor, logits: Tensor, start: int, prompt: int) -> Tensor:
+        """Choose at several successive slots, each after its own prefix of ``ids``.
+
+        Parameters
+        ----------
+        ids : Tensor, int64 [batch, length]
+        logits : Tensor [batch, n, vocabulary]
+            Logits at slots ``start .. start + n - 1``.
+        start, prompt : int
+            First slot, and the prompt's length.
+
+        Returns
+        -------
+        Tensor, int64 [batch, n]
+        """
+        if not self.processors and self.noise is None:
+            return logits.argmax(dim=-1)
+        chosen = [
+            self(ids[:, : start + offset + 1], logits[:, offset], start + offset + 1 - prompt)[0]
+            for offset in range(logits.shape[1])
+        ]
+        return torch.stack(chosen, dim=1)
+
+
+def _mix(values: Tensor) -> Tensor:
+    """Finaliser of splitmix64 (Steele, Lea and Flood 2014) in wrapping int64 arithmetic."""
+    values = values * -7046029254386353131
+    values = (values ^ _shift(values, 30)) * -4658895280553007687
+    values = (values ^ _shift(values, 27)) * -7723592293110705685
+    return values ^ _shift(values, 31)
+
+
+def _shift(values: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch shifts signed integers arithmetically."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_int(value: int) -> int:
+    """Spread a seed over 64 bits, as a signed integer."""
+    mixed = (value * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & (2**64 - 1)
+    return mixed - 2**64 if mixed >= 2**63 else mixed

@@ -1,0 +1,219 @@
+"""The decode loop: one token at a time through the segments, stopping where the policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from adaptive._choose import Chooser
+from adaptive._exits import Exits
+from adaptive._stack import AbstractStack, ExactStack
+from adaptive.policies import Policy, State
+
+_LABEL_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs that does not change while it runs.
+
+    Parameters
+    ----------
+    policy : Policy
+    exits : Exits
+    stack : AbstractStack
+        Begun, empty.
+    chooser : Chooser
+    criteria : StoppingCriteriaList
+    prompt : Tensor, int64 [batch, prompt]
+    max_length : int
+        Prompt included.
+    pad : int
+        Fills rows that are finished.
+    ends : Tensor, int64 [n]
+        Tokens that end a row; empty if none does.
+    has_eos : bool
+        Whether rows can finish on their own.
+    emit : callable
+        Receives each final token, int64 [batch].
+    max_pending : int
+        Most slots an inbox may hold.
+    labels : bool
+        Settle at the end and compare every token with the full model's choice.
+    keep_scores, keep_logits : bool
+        Keep processed scores and raw logits of every token.
+    """
+
+    policy: Policy
+    exits: Exits
+    stack: AbstractStack
+    chooser: Chooser
+    criteria: StoppingCriteriaList
+    prompt: Tensor
+    max_length: int
+    pad: int
+    ends: Tensor
+    has_eos: bool
+    emit: Callable[[Tensor], None]
+    max_pending: int
+    labels: bool
+    keep_scores: bool
+    keep_logits: bool
+
+
+class Record:
+    """Tokens of a run and what was decided for each, in fixed buffers."""
+
+    def __init__(self, job: Job) -> None:
+        batch, start = job.prompt.shape
+        device = job.prompt.device
+        room = job.max_length - start
+        self.start = start
+        self.length = start
+        self.ids = torch.full((batch, job.max_length), job.pad, dtype=torch.int64, device=device)
+        self.ids[:, :start] = job.prompt
+        self.stages = torch.full((batch, room), -1, dtype=torch.int64, device=device)
+        self.exit_scores = torch.full((batch, room), float("nan"), device=device)
+        self.agreement = torch.full((batch, room), -1, dtype=torch.int8, device=device)
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens generated so far, the same for all rows."""
+        return self.length - self.start
+
+    def add(self, job: Job, tokens: Tensor, step: Step) -> bool:
+        """Append one final token per row; return whether any row goes on."""
+        at = self.generated
+        if job.has_eos:
+            tokens = torch.where(self.unfinished, tokens, job.pad)
+        self.ids[:, self.length] = tokens
+        self.stages[:, at] = torch.where(self.unfinished, step.stages, -1)
+        self.exit_scores[:, at] = torch.where(self.unfinished, step.exit_scores, float("nan"))
+        self.length += 1
+        if job.keep_scores and step.scores is not None:
+            self.scores.append(step.scores)
+        if job.keep_logits and step.logits is not None:
+            self.logits.append(step.logits.float())
+        job.emit(tokens)
+        kept = tuple(self.scores) if job.keep_scores else None
+        self.unfinished = self.unfinished & ~job.criteria(self.ids[:, : self.length], kept)
+        return self.length < job.max_length and bool(self.unfinished.any())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Outcome of one token's way through the segments."""
+
+    stages: Tensor
+    exit_scores: Tensor
+    logits: Tensor | None
+    scores: Tensor | None = None
+
+
+def decode(job: Job) -> Record:
+    """Generate in ``exact`` or ``propagate`` mode: every token is final when it is chosen."""
+    record = Record(job)
+    job.stack.keep_finals = job.labels
+    going = first_token(job, record)
+    state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
+    while going:
+        step, state = walk(job, record, state, record.unfinished)
+        assert step.logits is not None
+        tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
+        if not job.labels and job.chooser.noise is not None:
+            job.chooser.noise.release(record.generated)
+        going = record.add(job, tokens, Step(step.stages, step.exit_scores, step.logits, scores))
+        if job.stack.pending >= job.max_pending:
+            job.stack.settle()
+    if job.labels:
+        job.stack.settle()
+        if isinstance(job.stack, ExactStack):
+            _label(job, record)
+    return record
+
+
+def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, State]:
+    """Take the newest token of every row as deep as the policy wants.
+
+    ``active`` (bool ``[batch]``) marks rows whose decision counts; the others never hold the
+    batch up. One flag is read per segment boundary.
+    """
+    slot = record.length - 1
+    stack, exits, policy = job.stack, job.exits, job.policy
+    hidden = stack.first(record.ids[:, slot], slot)
+    batch = hidden.shape[0]
+    position = torch.full((batch,), record.generated, dtype=torch.int64, device=hidden.device)
+    running = active
+    stages = torch.full_like(position, len(exits.layers))
+    exit_scores = torch.full((batch,), float("nan"), device=hidden.device)
+    states = hidden[:, 0]
+    ready: Tensor | None = None
+    previous: Tensor | None = None
+    for segment in range(1, stack.segments):
+        exit = segment - 1
+        if exit in policy.stages:
+            here = hidden[:, 0]
+            features = exits.features(
+                policy.needs,
+                exit,
+                here,
+                previous=previous,
+                position=position,
+                readout=stack.executor.readout,
+            )
+            stop, score, state = policy.update(features, state)
+            stop = stop & running
+            exit_scores = torch.where(running, score.float(), exit_scores)
+            stages = torch.where(stop, exit, stages)
+            states = torch.where(stop[:, None], exits.translate(exit, here), states)
+            if features.logits is not None:
+                known = features.logits if ready is None else ready
+                ready = torch.where(stop[:, None], features.logits, known)
+            running = running & ~stop
+            previous = here
+            if not bool(running.any()):
+                stack.stop(segment, hidden)
+                break
+        hidden = stack.deepen(segment, hidden, slot, running=running)
+    else:
+        ready = None
+        states = torch.where(running[:, None], hidden[:, 0], states)
+    logits = stack.executor.readout(states) if ready is None else ready
+    return Step(stages, exit_scores, logits), policy.advance(state)
+
+
+def first_token(job: Job, record: Record) -> bool:
+    """Run the prompt at full depth and choose the first token."""
+    logits = job.stack.executor.readout(job.stack.prefill(job.prompt))
+    tokens, scores = job.chooser(record.ids[:, : record.length], logits, 0)
+    full = torch.full_like(tokens, len(job.exits.layers))
+    nothing = torch.full(tokens.shape, float("nan"), device=tokens.device)
+    going = record.add(job, tokens, Step(full, nothing, logits, scores))
+    record.agreement[:, 0] = 1
+    return going
+
+
+def _label(job: Job, record: Record) -> None:
+    """Compare every generated token with the full model's choice after the same prefix."""
+    if record.generated < 2:
+        return
+    finals = job.stack.take_finals()
+    for offset in range(0, finals.shape[1], _LABEL_CHUNK):
+        hidden = finals[:, offset : offset + _LABEL_CHUNK]
+        slot = record.start + offset
+        chosen = job.chooser.each(
+            record.ids, job.stack.executor.readout(hidden), slot, record.start
+        )
+        emitted = record.ids[:, slot + 1 : slot + 1 + hidden.shape[1]]
+        agree = (chosen == emitted).to(torch.int8)
+        record.agreement[:, offset + 1 : offset + 1 + hidden.shape[1]] = agree
+    # a token read at full depth is the full model's choice; a second product may round otherwise
+    record.agreement[record.stages == len(job.exits.layers)] = 1
+    record.agreement[record.stages < 0] = -1

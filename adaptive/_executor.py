@@ -1,0 +1,98 @@
+"""Running parts of a model: the interface between the decode loop and the two tiers."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from adaptive._families import Readout
+
+
+class AbstractExecutor(abc.ABC):
+    """Runs ranges of layers over ranges of positions and owns their keys and values.
+
+    The loop decides what runs when; an executor only runs it. Positions are slots of the cache,
+    the same for every row (left-padded prompts), ``start .. start + n - 1`` in every call, and a
+    layer's slots are written in order.
+
+    ``layers`` is the number of decoder layers, ``readout`` the way from the last layer's output
+    ``[..., width]`` to logits ``[..., vocabulary]``.
+    """
+
+    layers: int
+    readout: Readout
+
+    @abc.abstractmethod
+    def begin(
+        self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
+    ) -> None:
+        """Prepare empty keys and values for a batch.
+
+        Parameters
+        ----------
+        batch_size, max_length : int
+            Rows, and the most slots that will be used.
+        padding : Tensor, bool [batch, prompt], optional
+            True where a slot holds padding; ``None`` if none does.
+        positions : Tensor, int64 [batch, max_length]
+            Position id of every slot.
+        """
+
+    @abc.abstractmethod
+    def embed(self, tokens: Tensor, start: int) -> Tensor:
+        """Input of layer 0, ``[batch, n, width]``, for ``tokens`` int64 ``[batch, n]``."""
+
+    @abc.abstractmethod
+    def run(
+        self, low: int, high: int, hidden: Tensor, start: int, *, frozen: Tensor | None = None
+    ) -> Tensor:
+        """Run layers ``low .. high - 1`` over ``hidden [batch, n, width]`` and keep keys and values.
+
+        Rows with ``frozen`` (bool ``[batch]``) keep their hidden state: every layer projects
+        their keys and values from it, which is what ``propagate`` means.
+        """
+
+    @abc.abstractmethod
+    def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
+        """Write keys and values of layers ``low .. high - 1``, all projected from ``hidden``."""
+
+    @abc.abstractmethod
+    def truncate(self, length: int) -> None:
+        """Forget the slots from ``length`` on, in every layer."""
+
+    @abc.abstractmethod
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values written so far, each ``[batch, heads, length, head width]``."""
+
+    @abc.abstractmethod
+    def end(self) -> None:
+        """Release what :meth:`begin` allocated; the model is as it was before."""
+
+
+def attention_mask(
+    padding: Tensor | None, *, start: int, count: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each of ``count`` queries from slot ``start`` on may see.
+
+    Returns
+    -------
+    Tensor, bool [batch or 1, 1, count, start + count], or None
+        ``None`` where a single query sees every key. Padding slots see themselves only, so that
+        no row of the softmax is empty.
+    """
+    length = start + count
+    if padding is None and count == 1 and (window is None or length <= window):
+        return None
+    queries = torch.arange(start, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)[None, :]
+    allowed = keys <= queries
+    if window is not None:
+        allowed &= keys > queries - window
+    if padding is None:
+        return allowed[None, None]
+    hidden = torch.zeros(padding.shape[0], length, dtype=torch.bool, device=device)
+    seen = min(length, padding.shape[1])
+    hidden[:, :seen] = padding[:, :seen]
+    return ((allowed[None] & ~hidden[:, None, :]) | (keys == queries)[None])[:, None]

@@ -1,0 +1,297 @@
+"""Exits on a model: where it may stop, how it is read there, and what shaped them."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaptive._families import Readout, layers_of
+from adaptive._fingerprint import model_fingerprint
+from adaptive.calibration import AdaptiveError, CertificateError, InvalidArgumentError
+from adaptive.policies import Features
+
+_CONFIG = "exits.json"
+_WEIGHTS = "exits.safetensors"
+_SCHEMA = 1
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, Exits] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ExitsRecord:
+    """Where exits come from.
+
+    Parameters
+    ----------
+    model : str
+        Fingerprint of the model they belong to.
+    units : tuple of str
+        Hashes of the units (prompts) that shaped them. ``calibrate`` keeps these out of its test.
+    settings : dict
+        Training settings, seed included; empty for untrained exits.
+    """
+
+    model: str
+    units: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Exits(nn.Module):
+    """Exits after chosen layers of a causal language model.
+
+    At exit ``e`` the hidden state goes through the exit's translator, a low-rank correction of
+    the residual stream that starts at zero, and then through the model's own final norm and head.
+    A linear probe on the hidden state estimates whether that readout agrees with the full model.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Number of layers below each exit, ascending, each in 1..L-1.
+    width : int
+        Width of the residual stream.
+    rank : int
+        Rank of the translators; 0 reads the hidden state as it is.
+    record : ExitsRecord
+        Where they come from.
+
+    Attributes
+    ----------
+    probe_weight, probe_bias : Tensor, float32 [n_exits, width] and [n_exits]
+        ``hidden @ weight + bias`` is the logit of agreement.
+    kept : Tensor, int64 [n_kept]
+        The pruned vocabulary, most frequent first; empty if none was chosen.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], width: int, *, rank: int, record: ExitsRecord
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(int(layer) for layer in layers)
+        self.rank = rank
+        self.record = record
+        self._gathered: tuple[Readout, Callable[[Tensor], Tensor]] | None = None
+        count = len(self.layers)
+        self.down = nn.Parameter(torch.zeros(count, rank, width), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(count, width, rank), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(count, width), requires_grad=False)
+        self.probe_weight = nn.Parameter(torch.zeros(count, width), requires_grad=False)
+        self.probe_bias = nn.Parameter(torch.zeros(count), requires_grad=False)
+        self.kept = nn.Parameter(torch.zeros(0, dtype=torch.int64), requires_grad=False)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the probes were trained; the default score means nothing before."""
+        return bool(self.record.settings)
+
+    def translate(self, exit: int, hidden: Tensor) -> Tensor:
+        """Correct a hidden state ``[..., width]`` at an exit, in front of the final norm."""
+        if self.rank == 0:
+            return hidden
+        correction = (hidden @ self.down[exit].T) @ self.up[exit].T + self.shift[exit]
+        return hidden + correction
+
+    def probe(self, exit: int, hidden: Tensor) -> Tensor:
+        """Logit of agreement with the full model, float32 ``[...]``, for ``[..., width]``."""
+        logit: Tensor = hidden.float() @ self.probe_weight[exit] + self.probe_bias[exit]
+        return logit
+
+    def features(
+        self,
+        needs: frozenset[str],
+        exit: int,
+        hidden: Tensor,
+        *,
+        previous: Tensor | None,
+        position: Tensor,
+        readout: Readout,
+    ) -> Features:
+        """Compute what a policy asked for, for ``hidden [batch, width]``, and nothing else."""
+        logits = answer = pruned = None
+        if "logits" in needs or "answer" in needs:
+            logits = readout(self.translate(exit, hidden))
+            answer = logits.argmax(dim=-1)
+        if "pruned_logits" in needs:
+            pruned = self._pruned(readout)(self.translate(exit, hidden))
+        return Features(
+            stage=exit,
+            position=position,
+            probe=self.probe(exit, hidden) if "probe" in needs else None,
+            hidden=hidden if "hidden" in needs else None,
+            previous=previous if "previous" in needs else None,
+            logits=logits,
+            pruned_logits=pruned,
+            answer=answer,
+        )
+
+    def _pruned(self, readout: Readout) -> Callable[[Tensor], Tensor]:
+        """Readout over the kept vocabulary; its rows are gathered once per readout."""
+        if self.kept.numel() == 0:
+            raise InvalidArgumentError(
+                "policy",
+                "a score on the pruned vocabulary",
+                "exits trained with `kept_vocabulary > 0`",
+            )
+        if self._gathered is None or self._gathered[0] is not readout:
+            self._gathered = (readout, readout.over(self.kept))
+        return self._gathered[1]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``exits.json`` and ``exits.safetensors`` into ``directory``, beside the model."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"schema": _SCHEMA, "layers": list(self.layers), "width": self.down.shape[-1]}
+        config |= {"rank": self.rank, "record": asdict(self.record)}
+        partial = folder / f".{_WEIGHTS}.partial"
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, partial
+        )
+        partial.replace(folder / _WEIGHTS)
+        partial = folder / f".{_CONFIG}.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / _CONFIG)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read exits saved by :meth:`save_pretrained`.
+
+        Raises
+        ------
+        CertificateError
+            If there are none, or they are damaged or of an unknown schema.
+        """
+        folder = Path(directory)
+        try:
+            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            weights = load_file(folder / _WEIGHTS)
+        except FileNotFoundError as error:
+            raise CertificateError(
+                f"no exits in {folder}: {_CONFIG} and {_WEIGHTS} are needed"
+            ) from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+            raise CertificateError(f"the exits in {folder} are not readable: {error}") from error
+        if config.get("schema") != _SCHEMA:
+            raise CertificateError(
+                f"exits schema {config.get('schema')!r} is not readable by this version"
+            )
+        raw = config["record"]
+        record = ExitsRecord(
+            model=raw["model"], units=tuple(raw["units"]), settings=raw["settings"]
+        )
+        exits = cls(config["layers"], config["width"], rank=config["rank"], record=record)
+        exits.kept = nn.Parameter(weights["kept"], requires_grad=False)
+        exits.load_state_dict(weights)
+        return exits
+
+
+def default_layers(layers: int) -> tuple[int, ...]:
+    """Three exits, after a quarter, a half and three quarters of the layers."""
+    return tuple(sorted({max(1, round(layers * part)) for part in (0.25, 0.5, 0.75)} - {layers}))
+
+
+def attach_exits(
+    model: PreTrainedModel,
+    layers: Sequence[int] | Exits | str | Path | None = None,
+    *,
+    rank: int = 0,
+) -> Exits:
+    """Give a model exits.
+
+    The model itself is not changed: the exits are remembered beside it and go with it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model of a supported family.
+    layers : sequence of int, Exits, str or Path, optional
+        Number of layers below each exit (ascending, each in 1..L-1); or exits, or the directory
+        they were saved in. ``None`` puts three exits at a quarter, a half and three quarters.
+    rank : int
+        Rank of the exits' translators (used when ``layers`` are numbers).
+
+    Returns
+    -------
+    Exits
+        Untrained if made here: train them with :func:`train_exits`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a layer is out of range, or the exits belong to another model.
+    UnsupportedError
+        If the model's family is not supported; the message names what is missing.
+    """
+    total = len(layers_of(model))
+    if isinstance(layers, str | Path):
+        layers = Exits.from_pretrained(layers)
+    if isinstance(layers, Exits):
+        exits = layers
+        if exits.record.model != model_fingerprint(model):
+            raise InvalidArgumentError(
+                "exits",
+                f"exits of model {exits.record.model}",
+                f"exits of this model, {model_fingerprint(model)}",
+            )
+    else:
+        chosen = default_layers(total) if layers is None else tuple(layers)
+        rising = all(a < b for a, b in zip(chosen, chosen[1:], strict=False))
+        if not chosen or not rising or chosen[0] < 1 or chosen[-1] >= total:
+            raise InvalidArgumentError(
+                "layers", chosen, f"ascending layer counts in 1..{total - 1}"
+            )
+        if rank < 0:
+            raise InvalidArgumentError("rank", rank, "an integer >= 0")
+        record = ExitsRecord(model=model_fingerprint(model))
+        exits = Exits(
+            chosen, model.get_input_embeddings().weight.shape[1], rank=rank, record=record
+        )
+    exits = exits.to(model.device)
+    _attached[model] = exits
+    return exits
+
+
+def get_exits(model: PreTrainedModel) -> Exits | None:
+    """Return a model's exits: attached ones, or those saved in the directory it was loaded from."""
+    if model not in _attached:
+        folder = Path(getattr(model.config, "_name_or_path", "") or "")
+        if not (folder / _CONFIG).is_file():
+            return None
+        attach_exits(model, folder)
+    return _attached[model]
+
+
+def detach_exits(model: PreTrainedModel) -> None:
+    """Forget a model's exits and everything prepared for them."""
+    from adaptive._tier import forget
+
+    _attached.pop(model, None)
+    forget(model)
+
+
+class NoExitsError(AdaptiveError, RuntimeError):
+    """A policy was passed for a model that has no exits."""
+
+
+def require_exits(model: PreTrainedModel) -> Exits:
+    """Return a model's exits.
+
+    Raises
+    ------
+    NoExitsError
+        If it has none.
+    """
+    exits = get_exits(model)
+    if exits is None:
+        raise NoExitsError(
+            "this model has no exits: attach saved ones with `attach_exits(model, directory)`, train new ones with "
+            "`train_exits(model, prompts)`, or let `calibrate(model, prompts)` do it"
+        )
+    return exits

@@ -1,0 +1,398 @@
+"""``generate``: text from a model under a policy, as a verb and as transformers' ``custom_generate``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
+from adaptive._decode import Job, Record, decode
+from adaptive._exits import Exits, require_exits
+from adaptive._executor import AbstractExecutor
+from adaptive._output import AdaptiveOutput
+from adaptive._settings import (
+    certificate_mismatches,
+    check_processors,
+    check_stages,
+    decoding_settings,
+)
+from adaptive._stack import AbstractStack, ExactStack, PropagateStack
+from adaptive._tier import Tier, executor_for
+from adaptive._verify import decode_verified
+from adaptive.calibration import (
+    CertificateMismatchError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedError,
+)
+from adaptive.policies import Policy
+
+RandomMode = Literal["generate", "keyed"]
+_NO_ASSISTANT = (
+    "`assistant_model` is not supported under a policy (mode='verify' speculates with the model itself)"
+)
+#: Most slots an inbox holds by default: long enough to batch well, short enough to bound a settle.
+_MAX_PENDING = {"exact": 32, "propagate": 32, "verify": 8}
+#: Keyword arguments that transformers passes to every decoding method and that change nothing here.
+_IGNORED = frozenset(
+    {"logits_to_keep", "use_cache", "synced_gpus", "output_attentions", "output_hidden_states"}
+)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    policy: Policy,
+    streamer: BaseStreamer | None = None,
+    certified: bool = True,
+    random: RandomMode = "generate",
+    units: Tensor | None = None,
+    seed: int = 0,
+    max_pending: int | None = None,
+    tier: Tier | None = None,
+    **model_kwargs: Any,
+) -> AdaptiveOutput | Tensor:
+    """Generate text under a policy.
+
+    Call it as ``generate(model, **inputs, policy=policy, ...)``, or pass it to transformers:
+    ``model.generate(**inputs, custom_generate=generate, policy=policy)``. Everything that
+    ``model.generate`` takes for greedy decoding and sampling means here what it means there;
+    what is not supported (beams, assisted decoding, input embeddings, a filled cache, attentions
+    and hidden states in the output) raises and is named.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model with exits (see :func:`attach_exits`).
+    input_ids : Tensor, int64 [batch, prompt]
+        Prompts, padded on the left, with ``attention_mask`` where there is padding.
+    logits_processor, stopping_criteria, generation_config
+        As in ``model.generate``. Processors must be functions of their arguments.
+    policy : Policy
+        When to stop, and what becomes of skipped layers (its ``mode``).
+    streamer : BaseStreamer, optional
+        Receives final tokens only; in ``verify`` mode, confirmed ones.
+    certified : bool
+        ``True`` refuses to run outside what the policy's certificate was earned under. ``False``
+        goes on, and the output says that the certificate does not apply.
+    random : {"generate", "keyed"}
+        How sampling draws: from torch's global generator as ``model.generate`` does (same seed,
+        same tokens), or keyed by (``seed``, ``units``, token index), so that a row never depends
+        on the batch around it.
+    units : Tensor, int64 [batch], optional
+        Number of each row's unit for ``random="keyed"``; 0, 1, 2, ... if not given.
+    seed : int
+        Seed for ``random="keyed"``.
+    max_pending : int, optional
+        Most tokens that may wait for deeper layers. Changes time, never tokens. At least 1.
+    tier : {"native", "generic"}, optional
+        Force how layers are run; ``None`` chooses.
+    **model_kwargs
+        Model inputs and generation settings, as for ``model.generate``.
+
+    Returns
+    -------
+    Tensor or AdaptiveOutput
+        Sequences ``[batch, prompt + generated]``; with ``return_dict_in_generate=True`` an
+        :class:`AdaptiveOutput`, which settles the run so that its cache is the full model's and
+        (in ``exact`` and ``verify`` mode) every token is compared with the full model's choice.
+
+    Raises
+    ------
+    CertificateMismatchError
+        If ``certified`` and the certificate does not apply; the message says why.
+    UnsupportedError
+        If a feature is not supported; the message names it.
+    NoExitsError
+        If the model has no exits.
+    """
+    if not isinstance(policy, Policy):
+        raise InvalidTypeError("policy", policy, "a Policy")
+    if random not in get_args(RandomMode):
+        raise InvalidArgumentError("random", random, "'generate' or 'keyed'")
+    if max_pending is not None and max_pending < 1:
+        raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
+    own = {
+        "policy": policy,
+        "certified": certified,
+        "random": random,
+        "units": units,
+        "seed": seed,
+        "max_pending": max_pending,
+        "tier": tier,
+    }
+    if model_kwargs.get("assistant_model") is not None:
+        raise UnsupportedError(_NO_ASSISTANT)
+    if not hasattr(generation_config, "_pad_token_tensor"):
+        # the verb: let transformers prepare the inputs, then come back as its decoding method
+        method = functools.partial(_prepared, own=own, streamer=streamer)
+        prepared: AdaptiveOutput | Tensor = model.generate(  # type: ignore[operator]
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            custom_generate=method,
+            **model_kwargs,
+        )
+        return prepared
+    assert input_ids is not None
+    outer = _transformers_frame()
+    if outer.get("assistant_model") is not None:
+        raise UnsupportedError(_NO_ASSISTANT)
+    return _prepared(
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        own=own,
+        streamer=streamer or outer.get("streamer"),
+        **model_kwargs,
+    )
+
+
+def _transformers_frame() -> dict[str, Any]:
+    """Local variables of the ``model.generate`` that called us.
+
+    transformers hands a callable neither the streamer nor the assistant model it was given, and
+    says nothing: the only place to see them is its own frame.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
+            return frame.f_locals
+        frame = frame.f_back
+    return {}
+
+
+def _prepared(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    own: dict[str, Any],
+    streamer: BaseStreamer | None,
+    **model_kwargs: Any,
+) -> AdaptiveOutput | Tensor:
+    """Decode what transformers' ``generate`` has prepared."""
+    policy: Policy = own["policy"]
+    exits = require_exits(model)
+    padding, positions = _inputs(model, input_ids, generation_config, model_kwargs)
+    check_stages(policy, exits)
+    check_processors(logits_processor)
+    new_tokens = generation_config.max_length - input_ids.shape[1]
+    settings = decoding_settings(model, generation_config, logits_processor, new_tokens=new_tokens)
+    mismatches = certificate_mismatches(policy, model, exits, settings)
+    if mismatches and own["certified"]:
+        raise CertificateMismatchError(
+            f"the policy's certificate does not apply here: {'; '.join(mismatches)}. Calibrate for these settings, or "
+            "pass `certified=False` to go on without the certificate"
+        )
+    executor = executor_for(model, tier=own["tier"])
+    executor.begin(
+        batch_size=input_ids.shape[0],
+        max_length=generation_config.max_length,
+        padding=padding,
+        positions=positions,
+    )
+    try:
+        job = _job(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            own,
+            streamer,
+            exits,
+            executor,
+        )
+        record = decode_verified(job) if policy.mode == "verify" else decode(job)
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return record.ids[:, : record.length]
+        return _output(job, record, mismatches)
+    finally:
+        executor.end()
+
+
+def _inputs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> tuple[Tensor | None, Tensor]:
+    """Refuse what is not supported; return padding ``[batch, prompt]`` and positions of every slot."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedError(
+            f"{mode.value.replace('_', ' ')} is not supported under a policy: use greedy decoding or sampling"
+        )
+    if config.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name, False):
+                raise UnsupportedError(f"`{name}=True` is not supported under a policy")
+    if model_kwargs.get("use_cache") is False:
+        raise UnsupportedError(
+            "`use_cache=False` is not supported under a policy: skipped layers need a cache"
+        )
+    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedError(
+            "`inputs_embeds` without `input_ids` is not supported under a policy"
+        )
+    cache = model_kwargs.pop("past_key_values", None)
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UnsupportedError(
+            "a filled `past_key_values` is not supported under a policy: pass the whole prompt"
+        )
+    mask = model_kwargs.pop("attention_mask", None)
+    given = model_kwargs.pop("position_ids", None)
+    left = sorted(
+        name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED
+    )
+    if left:
+        raise UnsupportedError(f"model inputs not supported under a policy: {', '.join(left)}")
+    padding = None
+    if mask is not None and not bool((mask != 0).all()):
+        padding = mask == 0
+        if bool(padding[:, -1].any()):
+            raise InvalidArgumentError(
+                "attention_mask",
+                "padding on the right",
+                "padding on the left (`padding_side='left'`)",
+            )
+    return padding, _positions(input_ids, padding, given, config.max_length)
+
+
+def _positions(
+    input_ids: Tensor, padding: Tensor | None, given: Tensor | None, max_length: int
+) -> Tensor:
+    batch, prompt = input_ids.shape
+    if given is None:
+        real = torch.ones_like(input_ids) if padding is None else (~padding).to(torch.int64)
+        given = (real.cumsum(dim=-1) - 1).clamp(min=0)
+    given = given[:, -prompt:].expand(batch, prompt)
+    later = torch.arange(1, max_length - prompt + 1, device=input_ids.device)
+    return torch.cat([given, given[:, -1:] + later], dim=1)
+
+
+def _job(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    own: dict[str, Any],
+    streamer: BaseStreamer | None,
+    exits: Exits,
+    executor: AbstractExecutor,
+) -> Job:
+    policy: Policy = own["policy"]
+    kinds: dict[str, type[AbstractStack]] = {"propagate": PropagateStack}
+    pad = config._pad_token_tensor
+    eos = config._eos_token_tensor
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    put: Callable[[Tensor], None] = (
+        _drop if streamer is None else lambda tokens: streamer.put(tokens.cpu())
+    )
+    details = bool(config.return_dict_in_generate)
+    return Job(
+        policy=policy,
+        exits=exits,
+        stack=kinds.get(policy.mode, ExactStack)(executor, exits.layers),
+        chooser=Chooser(processors, _noise(config, own, input_ids)),
+        criteria=criteria,
+        prompt=input_ids,
+        max_length=config.max_length,
+        pad=0 if pad is None else int(pad),
+        ends=torch.empty(0, dtype=torch.int64)
+        if eos is None or not has_eos
+        else eos.flatten().to(input_ids.device),
+        has_eos=has_eos,
+        emit=put,
+        max_pending=own["max_pending"] or _MAX_PENDING[policy.mode],
+        labels=details,
+        keep_scores=details and bool(config.output_scores),
+        keep_logits=details and bool(config.output_logits),
+    )
+
+
+def _drop(tokens: Tensor) -> None:
+    """No streamer: tokens go nowhere."""
+
+
+def _noise(
+    config: GenerationConfig, own: dict[str, Any], input_ids: Tensor
+) -> AbstractNoise | None:
+    if not config.do_sample:
+        return None
+    if own["random"] == "generate":
+        return StreamNoise()
+    batch = input_ids.shape[0]
+    units = torch.arange(batch) if own["units"] is None else torch.as_tensor(own["units"])
+    if units.shape != (batch,):
+        raise InvalidArgumentError(
+            "units", tuple(units.shape), f"one number per row, shape ({batch},)"
+        )
+    return KeyedNoise(units, own["seed"])
+
+
+def _output(job: Job, record: Record, mismatches: tuple[str, ...]) -> AdaptiveOutput:
+    generated = record.generated
+    stages = record.stages[:, :generated]
+    certificate = job.policy.certificate
+    return AdaptiveOutput(
+        sequences=record.ids[:, : record.length],
+        scores=tuple(record.scores) if job.keep_scores else None,
+        logits=tuple(record.logits) if job.keep_logits else None,
+        past_key_values=_cache(job),
+        exit_stages=stages,
+        exit_scores=record.exit_scores[:, :generated],
+        agreement=record.agreement[:, :generated],
+        mean_depth=mean_depth(stages, job.exits.layers, job.stack.executor.layers),
+        certified=certificate is not None and certificate.holds and not mismatches,
+        mismatches=mismatches,
+    )
+
+
+def mean_depth(stages: Tensor, exits: tuple[int, ...], layers: int) -> float:
+    """Mean number of layers behind a generated token; the first, read off the prompt, not counted."""
+    later = stages[:, 1:]
+    depth = torch.tensor([*exits, layers], dtype=torch.float64, device=stages.device)
+    real = later >= 0
+    if not bool(real.any()):
+        return float(layers)
+    return float(depth[later[real]].mean())
+
+
+def _cache(job: Job) -> DynamicCache:
+    """Hand over keys and values in transformers' form, every layer at the same length."""
+    cache = DynamicCache()
+    for layer in range(job.stack.executor.layers):
+        keys, values = job.stack.executor.keys_values(layer)
+        cache.update(keys, values, layer)
+    return cache

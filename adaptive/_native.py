@@ -1,0 +1,335 @@
+"""The native tier: our own forward pass for pre-norm, gated, rotary decoders (Llama and kin)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from adaptive._executor import AbstractExecutor, attention_mask
+from adaptive._families import Readout, family_of, layers_of
+
+#: Rotary schemes whose tables do not depend on how long the text has grown.
+_FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+#: Above this many queries the group of a key head is not folded into the query rows.
+_FOLD_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Parameters of one layer; ``gate_up`` aliases the model's own two matrices."""
+
+    attention_norm: Tensor
+    query: nn.Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: nn.Linear
+    feedforward_norm: Tensor
+    gate_up: Tensor
+    down: nn.Linear
+
+
+class NativeExecutor(AbstractExecutor):
+    """Preallocated keys and values, fused projections, one stacked product for skipped layers.
+
+    The key and value matrices of all layers live in one tensor ``[layers, 2 * width_kv, width]``
+    and gate and up projection of a layer in another; the model's own parameters become views of
+    them, same values, no second copy. So training or loading in place is seen here, and memory
+    stays the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        reason = why_not_native(model)
+        if reason is not None:
+            raise ValueError(f"no native tier for this model: {reason}")
+        config = model.config
+        modules = layers_of(model)
+        self.layers = len(modules)
+        self.readout = Readout(model)
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.eps = config.rms_norm_eps
+        self.scale = modules[0].self_attn.scaling
+        self.window = _window(model)
+        self._embedding = model.get_input_embeddings()
+        self._rotary = model.model.rotary_emb
+        self._kv, self._kv_bias = _stack_keys_values(modules)
+        self._gains = torch.stack([module.input_layernorm.weight.data for module in modules])
+        norms = [getattr(module.self_attn, "k_norm", None) for module in modules]
+        self._key_gains = (
+            None if norms[0] is None else torch.stack([norm.weight.data for norm in norms])
+        )
+        self._blocks = [_block(module) for module in modules]
+        self._versions = _versions(modules)
+        self._modules = modules
+
+    def stale(self) -> bool:
+        """Whether the model's parameters were replaced or changed since they were packed."""
+        return _versions(self._modules) != self._versions
+
+    def begin(
+        self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
+    ) -> None:
+        """See :class:`AbstractExecutor`."""
+        like = self._kv
+        shape = (self.layers, batch_size, self.kv_heads, max_length, self.head_width)
+        self._keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self._values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self._length = [0] * self.layers
+        self._padding = padding
+        rows = positions if padding is not None else positions[:1]
+        cos, sin = self._rotary(torch.empty(1, dtype=like.dtype, device=like.device), rows)
+        half = cos.shape[-1] // 2
+        # rotate_half(x) * sin == roll(x) * signed sin: one operation less per layer and token
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        self._cos, self._sin = cos[:, None], signed[:, None]
+        self._mask_key: tuple[int, int] | None = None
+
+    def embed(self, tokens: Tensor, start: int) -> Tensor:
+        """See :class:`AbstractExecutor`."""
+        hidden: Tensor = self._embedding(tokens)
+        return hidden
+
+    def run(
+        self, low: int, high: int, hidden: Tensor, start: int, *, frozen: Tensor | None = None
+    ) -> Tensor:
+        """See :class:`AbstractExecutor`."""
+        count = hidden.shape[1]
+        stop = start + count
+        cos, sin = self._cos[:, :, start:stop], self._sin[:, :, start:stop]
+        mask, causal = self._attention(start, count)
+        kept = None if frozen is None else frozen[:, None, None]
+        for index in range(low, high):
+            output = self._layer(index, hidden, cos, sin, start, stop, mask, causal)
+            hidden = output if kept is None else torch.where(kept, hidden, output)
+            self._length[index] = stop
+        return hidden
+
+    def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
+        """See :class:`AbstractExecutor`: all skipped layers in one product over stacked weights.
+
+        Every skipped layer sees the same hidden state, so its norm differs by the gain alone and
+        all projections are one batched product.
+        """
+        batch, count, width = hidden.shape
+        stop = start + count
+        normed = F.rms_norm(hidden, (width,), None, self.eps).reshape(1, batch * count, width)
+        normed = normed * self._gains[low:high, None]
+        both = torch.bmm(normed, self._kv[low:high].transpose(1, 2))
+        if self._kv_bias is not None:
+            both = both + self._kv_bias[low:high, None]
+        both = both.view(high - low, batch, count, 2, self.kv_heads, self.head_width)
+        keys = both[:, :, :, 0]
+        if self._key_gains is not None:
+            keys = F.rms_norm(keys, (self.head_width,), None, self.eps)
+            keys = keys * self._key_gains[low:high, None, None, None]
+        keys = _rotate(
+            keys.transpose(2, 3), self._cos[:, :, start:stop], self._sin[:, :, start:stop]
+        )
+        self._keys[low:high, :, :, start:stop] = keys
+        self._values[low:high, :, :, start:stop] = both[:, :, :, 1].transpose(2, 3)
+        self._length[low:high] = [stop] * (high - low)
+
+    def truncate(self, length: int) -> None:
+        """See :class:`AbstractExecutor`: later slots are overwritten before they are read."""
+        self._length = [min(length, own) for own in self._length]
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See :class:`AbstractExecutor`."""
+        length = self._length[layer]
+        return self._keys[layer, :, :, :length], self._values[layer, :, :, :length]
+
+    def end(self) -> None:
+        """See :class:`AbstractExecutor`."""
+        del self._keys, self._values, self._cos, self._sin
+        self._padding = None
+
+    def _attention(self, start: int, count: int) -> tuple[Tensor | None, bool]:
+        """Mask and causal flag for a range of queries, shared by the layers of a run."""
+        if self._mask_key != (start, count):
+            self._mask_key = (start, count)
+            plain = self._padding is None and (self.window is None or start + count <= self.window)
+            self._causal = plain and start == 0 and count > 1
+            self._mask = (
+                None
+                if self._causal
+                else attention_mask(
+                    self._padding,
+                    start=start,
+                    count=count,
+                    window=self.window,
+                    device=self._keys.device,
+                )
+            )
+        return self._mask, self._causal
+
+    def _layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        start: int,
+        stop: int,
+        mask: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        """One decoder layer over ``hidden [batch, n, width]``."""
+        block = self._blocks[index]
+        batch, count, width = hidden.shape
+        normed = F.rms_norm(hidden, (width,), block.attention_norm, self.eps)
+        query = F.linear(normed, block.query.weight, block.query.bias)
+        query = query.view(batch, count, self.heads, self.head_width)
+        bias = None if self._kv_bias is None else self._kv_bias[index]
+        both = F.linear(normed, self._kv[index], bias).view(
+            batch, count, 2, self.kv_heads, self.head_width
+        )
+        key, value = both[:, :, 0], both[:, :, 1]
+        if block.query_norm is not None:
+            query = F.rms_norm(query, (self.head_width,), block.query_norm, self.eps)
+            key = F.rms_norm(key, (self.head_width,), block.key_norm, self.eps)
+        self._keys[index, :, :, start:stop] = _rotate(key.transpose(1, 2), cos, sin)
+        self._values[index, :, :, start:stop] = value.transpose(1, 2)
+        attended = self._attend(index, _rotate(query.transpose(1, 2), cos, sin), stop, mask, causal)
+        hidden = hidden + F.linear(attended, block.output.weight, block.output.bias)
+        normed = F.rms_norm(hidden, (width,), block.feedforward_norm, self.eps)
+        gate, up = F.linear(normed, block.gate_up).chunk(2, dim=-1)
+        return hidden + F.linear(F.silu(gate) * up, block.down.weight)
+
+    def _attend(
+        self, index: int, query: Tensor, stop: int, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attention of ``query [batch, heads, n, head width]`` over the layer's first ``stop`` slots."""
+        batch, heads, count, width = query.shape
+        keys = self._keys[index, :, :, :stop]
+        values = self._values[index, :, :, :stop]
+        groups = heads // self.kv_heads
+        if causal or count > _FOLD_LIMIT:
+            attended = F.scaled_dot_product_attention(
+                query, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=groups > 1
+            )
+        else:
+            # queries that share a key head become rows of one product: keys are read once
+            folded = query.reshape(batch, self.kv_heads, groups * count, width)
+            if mask is not None and count > 1 and groups > 1:
+                mask = mask.repeat(1, 1, groups, 1)
+            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=self.scale)
+            attended = attended.view(batch, heads, count, width)
+        return attended.transpose(1, 2).reshape(batch, count, heads * width)
+
+
+def why_not_native(model: PreTrainedModel) -> str | None:
+    """Return why a model cannot run on the native tier, or ``None`` if it can."""
+    family = family_of(model)
+    if not family.native:
+        return f"family {model.config.model_type!r} runs on the generic tier"
+    if getattr(model.config, "hidden_act", "silu") != "silu":
+        return f"activation {model.config.hidden_act!r} is not silu"
+    if getattr(model.model.rotary_emb, "rope_type", "default") not in _FIXED_ROPE:
+        return (
+            f"rotary scheme {model.model.rotary_emb.rope_type!r} depends on the length of the text"
+        )
+    if getattr(model, "hf_device_map", None):
+        return "the model is sharded over devices"
+    parameters = list(model.parameters())
+    if len({(parameter.device, parameter.dtype) for parameter in parameters}) != 1:
+        return "parameters are on several devices or of several dtypes"
+    for index, module in enumerate(layers_of(model)):
+        linears = [
+            getattr(module.self_attn, name, None)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ]
+        linears += [
+            getattr(module.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")
+        ]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return f"layer {index} has projections that are not plain linear layers (quantised or wrapped)"
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return f"layer {index} carries hooks"
+    if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
+        return "layers mix full and sliding attention"
+    return None
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Width of the sliding window, if the layers have one."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds == {"full_attention"} or (
+        not kinds and not getattr(config, "use_sliding_window", True)
+    ):
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``states [..., heads, n, head width]`` with the sign folded into ``sin``."""
+    return torch.addcmul(states * cos, torch.roll(states, states.shape[-1] // 2, dims=-1), sin)
+
+
+def _alias(linears: list[nn.Linear], packed: Tensor) -> None:
+    """Make the weights of ``linears`` consecutive row ranges of ``packed``, values unchanged."""
+    row = 0
+    for linear in linears:
+        rows = linear.weight.shape[0]
+        linear.weight.data = packed[row : row + rows]
+        row += rows
+
+
+def _stack_keys_values(modules: list[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Key and value weights of all layers, ``[layers, 2 * kv width, width]``, and their biases."""
+    pairs = [[module.self_attn.k_proj, module.self_attn.v_proj] for module in modules]
+    first = pairs[0][0].weight
+    rows = sum(linear.weight.shape[0] for linear in pairs[0])
+    packed = torch.empty(len(pairs), rows, first.shape[1], dtype=first.dtype, device=first.device)
+    for target, pair in zip(packed, pairs, strict=True):
+        torch.cat([linear.weight.data for linear in pair], out=target)
+        _alias(pair, target)
+    if pairs[0][0].bias is None:
+        return packed, None
+    return packed, torch.stack([torch.cat([linear.bias.data for linear in pair]) for pair in pairs])
+
+
+def _block(module: nn.Module) -> _Layer:
+    attention, feedforward = module.self_attn, module.mlp
+    gate, up = feedforward.gate_proj, feedforward.up_proj
+    packed = torch.cat([gate.weight.data, up.weight.data])
+    _alias([gate, up], packed)
+    query_norm = getattr(attention, "q_norm", None)
+    key_norm = getattr(attention, "k_norm", None)
+    return _Layer(
+        attention_norm=module.input_layernorm.weight,
+        query=attention.q_proj,
+        query_norm=None if query_norm is None else query_norm.weight,
+        key_norm=None if key_norm is None else key_norm.weight,
+        output=attention.o_proj,
+        feedforward_norm=module.post_attention_layernorm.weight,
+        gate_up=packed,
+        down=feedforward.down_proj,
+    )
+
+
+def _versions(modules: list[nn.Module]) -> tuple[tuple[int, int], ...]:
+    """Where every parameter lives and how often it was written to."""
+    return tuple(
+        (parameter.data_ptr(), parameter._version)
+        for module in modules
+        for parameter in module.parameters()
+    )
+
+
+def is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two logit tensors agree to the rounding of their dtype."""
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2}.get(
+        theirs.dtype, 8e-2
+    )
+    difference = (ours.float() - theirs.float()).abs().max().item()
+    return math.isfinite(difference) and difference <= tolerance * (
+        1 + theirs.float().abs().max().item()
+    )

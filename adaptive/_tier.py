@@ -1,0 +1,83 @@
+"""Choosing how to run a model: the native tier where a self-check allows it, else the generic one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from adaptive._executor import AbstractExecutor
+from adaptive._generic import GenericExecutor
+from adaptive._native import NativeExecutor, is_close, why_not_native
+from adaptive.calibration import InvalidArgumentError, UnsupportedError
+
+Tier = Literal["native", "generic"]
+_log = logging.getLogger(__name__)
+_native: weakref.WeakKeyDictionary[PreTrainedModel, NativeExecutor | str] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> AbstractExecutor:
+    """Return an executor for a model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tier : {"native", "generic"}, optional
+        ``None`` takes the native tier if the family has one and its logits on a short text equal
+        the model's own (checked once per model), else the generic tier.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``tier`` is none of the above.
+    UnsupportedError
+        If the family is unknown, or ``tier="native"`` is asked for and not possible.
+    """
+    if tier not in (None, "native", "generic"):
+        raise InvalidArgumentError("tier", tier, "'native', 'generic' or None")
+    if tier == "generic":
+        return GenericExecutor(model)
+    found = _native.get(model)
+    if isinstance(found, NativeExecutor) and found.stale():
+        found = None
+    if found is None:
+        found = _checked(model)
+        _native[model] = found
+    if isinstance(found, NativeExecutor):
+        return copy.copy(found)  # packed weights are shared, keys and values are not
+    if tier == "native":
+        raise UnsupportedError(f"`tier='native'` is not possible: {found}")
+    return GenericExecutor(model)
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Drop what is kept for a model."""
+    _native.pop(model, None)
+
+
+@torch.no_grad()
+def _checked(model: PreTrainedModel) -> NativeExecutor | str:
+    """Build the native executor and compare its logits with the model's own."""
+    reason = why_not_native(model)
+    if reason is not None:
+        return reason
+    executor = NativeExecutor(model)
+    tokens = torch.arange(1, 7, device=model.device)[None] % model.config.vocab_size
+    positions = torch.arange(6, device=model.device)[None]
+    executor.begin(batch_size=1, max_length=6, padding=None, positions=positions)
+    hidden = executor.run(0, executor.layers, executor.embed(tokens[:, :5], 0), 0)
+    hidden = executor.run(0, executor.layers, executor.embed(tokens[:, 5:], 5), 5)
+    ours = executor.readout(hidden)[:, -1]
+    executor.end()
+    theirs = model(input_ids=tokens, use_cache=False).logits[:, -1]
+    if is_close(ours, theirs):
+        return executor
+    reason = "its logits differ from the model's own on a short text"
+    _log.warning("the native tier is off for %s: %s", type(model).__name__, reason)
+    return reason

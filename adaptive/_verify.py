@@ -1,0 +1,92 @@
+"""Self-speculation: tokens that stopped early are drafts until the full depth confirms them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaptive._decode import Job, Record, Step, first_token, walk
+from adaptive.policies import State
+
+
+class _Drafts:
+    """Unconfirmed tokens: what was decided for each, and the policy's state before it."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.states: list[State] = []
+
+    def add(self, step: Step, before: State) -> None:
+        self.steps.append(step)
+        self.states.append(before)
+
+
+def decode_verified(job: Job) -> Record:
+    """Generate in ``verify`` mode: the tokens are the full model's.
+
+    Drafts are written behind the confirmed text and read by nobody but the layers. They are
+    confirmed when a token needs the full depth anyway, when ``max_pending`` is reached, when a
+    draft would end a row, or when the text has its full length. Rows accept together: the first
+    disagreement of any row cuts all rows back to it, which costs work and never changes tokens.
+    """
+    record = Record(job)
+    job.stack.keep_finals = True
+    going = first_token(job, record)
+    state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
+    drafts = _Drafts()
+    while going:
+        before = state
+        step, state = walk(job, record, state, record.unfinished)
+        assert step.logits is not None
+        tokens, _ = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
+        drafts.add(step, before)
+        record.ids[:, record.length] = tokens
+        record.length += 1
+        deep = job.stack.pending == 0
+        if deep or _must_confirm(job, record, tokens, len(drafts.steps)):
+            going, state = _confirm(job, record, drafts, state)
+            drafts = _Drafts()
+    job.stack.truncate(record.length - 1)
+    return record
+
+
+def _must_confirm(job: Job, record: Record, tokens: Tensor, drafted: int) -> bool:
+    if drafted >= job.max_pending or record.length >= job.max_length:
+        return True
+    if not job.ends.numel():
+        return False
+    return bool((torch.isin(tokens, job.ends) & record.unfinished).any())
+
+
+def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[bool, State]:
+    """Settle, compare the drafts with the full model's choices, keep the agreeing prefix.
+
+    Returns whether any row goes on, and the policy's state behind the last kept token.
+    """
+    job.stack.settle()
+    finals = job.stack.take_finals()
+    count = len(drafts.steps)
+    first = record.length - count
+    drafted = record.ids[:, first : record.length].clone()
+    logits = job.stack.executor.readout(finals)
+    record.length = first
+    for offset in range(count):
+        chosen, scores = job.chooser(
+            record.ids[:, : record.length], logits[:, offset], record.generated
+        )
+        agree = chosen == drafted[:, offset]
+        step = drafts.steps[offset]
+        stages = torch.where(agree, step.stages, len(job.exits.layers))
+        kept = Step(stages, step.exit_scores, logits[:, offset], scores)
+        at = record.generated
+        going = record.add(job, chosen, kept)
+        record.agreement[:, at] = torch.where(record.stages[:, at] >= 0, 1, -1).to(torch.int8)
+        if job.chooser.noise is not None:
+            job.chooser.noise.release(record.generated)
+        if not going:
+            return False, state
+        if not bool((agree | ~record.unfinished).all()):
+            job.stack.truncate(record.length - 1)
+            rest = drafts.states[offset + 1] if offset + 1 < count else state
+            return True, rest
+    return True, state

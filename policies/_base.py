@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,15 +16,19 @@ from adaptive.calibration import InvalidArgumentError, Trace
 #: What a policy carries from one decision to the next: a flat mapping of device tensors.
 State = dict[str, Tensor]
 
-#: The features a loop can hand to a score.
-FEATURES = frozenset({"probe", "hidden", "previous", "logits", "pruned_logits", "answer"})
+#: The features a loop can hand to a score or a rule that asks for them.
+FEATURES = frozenset({"probe", "hidden", "previous", "logits", "pruned_logits", "answer", "noise"})
+
+#: Who shares a decision: every row for itself, or all rows of a batch together.
+Scope = Literal["row", "batch"]
 
 
 @dataclass(frozen=True)
 class Features:
     """What a policy may look at after one stage, for the whole batch.
 
-    A field is ``None`` unless the score or the rule asked for it through its ``needs``.
+    A field is ``None`` unless the score or the rule asked for it through its ``needs``; ``running``
+    is the exception: a loop that keeps asking about rows that have stopped must set it.
 
     Parameters
     ----------
@@ -43,6 +48,11 @@ class Features:
         Logits of the exit's readout over its pruned vocabulary.
     answer : Tensor, int64 [batch], optional
         The token the exit's readout would emit.
+    noise : Tensor, float32 [batch], optional
+        One uniform draw in [0, 1) per unit and position, the same at every stage (`keyed_noise`).
+    running : Tensor, bool [batch], optional
+        Rows that this decision is about: neither stopped at an earlier stage of this token nor
+        finished. ``None`` says all of them. The memory of other rows is left as it is.
     """
 
     stage: int
@@ -53,10 +63,12 @@ class Features:
     logits: Tensor | None = None
     pruned_logits: Tensor | None = None
     answer: Tensor | None = None
+    noise: Tensor | None = None
+    running: Tensor | None = None
 
 
 class _Record(abc.ABC):
-    """JSON form shared by scores and rules: the class name and the dataclass fields."""
+    """JSON form shared by scores, rules and schedules: the class name and the dataclass fields."""
 
     _classes: ClassVar[dict[str, type[Any]]]
 
@@ -101,10 +113,10 @@ def _restored(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_restored(item) for item in value)
     if isinstance(value, dict) and "type" in value:
-        for base in (AbstractScore, AbstractRule):
+        for base in (AbstractScore, AbstractRule, AbstractSchedule):
             if value["type"] in base._classes:
                 return base.from_dict(value)
-    if value in ("inf", "-inf"):
+    if isinstance(value, str) and value in ("inf", "-inf"):
         return float(value)
     return value
 
@@ -114,10 +126,15 @@ class AbstractScore(_Record):
 
     A final subclass is a frozen dataclass. It names the features it reads in ``needs`` and must
     be capture-safe: no host synchronisation, no branch on tensor values, fixed shapes.
+
+    ``across_tokens`` says that the memory outlives a token: a trace of such a score has to be
+    collected in the order of the tokens. What such a memory holds may depend on the first asked
+    stage only, which every token visits; otherwise a trace could not foretell the loop.
     """
 
     _classes: ClassVar[dict[str, type[Any]]] = {}
     needs: ClassVar[frozenset[str]]
+    across_tokens: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -131,20 +148,28 @@ class AbstractScore(_Record):
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Score of every row, float32 [batch], and the new state."""
 
+    def advance(self, state: State) -> State:
+        """State after a token is finished (override when memory is kept within a token only)."""
+        return state
+
 
 class AbstractRule(_Record):
     """A stopping rule over the scores of successive stages, with one ordered knob.
 
     A final subclass is a frozen dataclass. The same ``decide`` runs offline over a trace and
-    online in a generation loop, so it must be capture-safe (see :class:`AbstractScore`).
+    online in a generation loop, so it must be capture-safe (see :class:`AbstractScore`). A NaN
+    score never stops. The knob is ordered downwards: larger is safer, ``inf`` never stops early.
 
     ``nested`` says whether a cheaper member of the path never stops later than a safer one on
-    the same scores. Calibration does not need it; reports use it.
+    the same scores. Calibration does not need it; reports use it. ``scope`` says who shares a
+    decision: a rule of scope "batch" depends on who else is in the batch, and what was shown for
+    one composition of the batch says nothing about another.
     """
 
     _classes: ClassVar[dict[str, type[Any]]] = {}
     needs: ClassVar[frozenset[str]] = frozenset()
     nested: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "row"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -174,13 +199,59 @@ class AbstractRule(_Record):
         """
 
 
+class AbstractSchedule(_Record):
+    """How a threshold varies with stage and position around one base value."""
+
+    _classes: ClassVar[dict[str, type[Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        AbstractSchedule._register(cls)
+
+    @abc.abstractmethod
+    def tables(self, *, device: torch.device) -> State:
+        """Device tensors that :meth:`threshold` reads."""
+
+    @abc.abstractmethod
+    def threshold(self, base: Tensor, features: Features, tables: State) -> Tensor:
+        """Threshold in force, broadcastable to [batch]; ``inf`` wherever ``base`` is ``inf``."""
+
+
+def needed(value: Tensor | None, name: str) -> Tensor:
+    """Return the feature, or say which one the loop failed to provide."""
+    if value is None:
+        raise InvalidArgumentError(name, None, f"given: the policy reads the feature `{name}`")
+    return value
+
+
+def part(state: State, name: str) -> State:
+    """Return the entries of a component's own state inside a larger one."""
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
+
+
+def named(state: State, name: str) -> State:
+    """Return a component's state under its name, to be merged into a larger one."""
+    return {f"{name}.{key}": value for key, value in state.items()}
+
+
+def held(state: State, before: State, running: Tensor | None) -> State:
+    """Return ``state`` with the memory of rows that are not running put back to ``before``."""
+    if running is None:
+        return state
+    return {
+        key: value
+        if value is before[key]
+        else torch.where(running.view(-1, *[1] * (value.dim() - 1)), value, before[key])
+        for key, value in state.items()
+    }
+
+
 def check_stage(stages: tuple[int, ...]) -> tuple[int, ...]:
     """Validate an ascending tuple of exit indices."""
-    if (
-        len(stages) == 0
-        or any(b <= a for a, b in zip(stages, stages[1:], strict=False))
-        or stages[0] < 0
-    ):
+    if len(stages) == 0 or any(b <= a for a, b in pairwise(stages)) or stages[0] < 0:
         raise InvalidArgumentError(
             "stages", stages, "a non-empty, strictly ascending tuple of exit indices >= 0"
         )

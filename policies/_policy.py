@@ -1,4 +1,4 @@
-"""A policy: a score, a rule, the stages it asks at, how skipped layers are treated, a certificate."""
+"""A policy: score, rule, stages it asks at, treatment of skipped layers, certificate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from adaptive.calibration import Certificate, CertificateError, InvalidArgumentError
-from adaptive.policies._base import AbstractRule, AbstractScore, Features, State, check_stage
+from adaptive.policies._base import (
+    AbstractRule,
+    AbstractScore,
+    Features,
+    Scope,
+    State,
+    check_stage,
+    held,
+    named,
+    part,
+)
 
 Mode = Literal["exact", "propagate", "verify"]
 _FILE = "policy.json"
@@ -58,17 +68,21 @@ class Policy:
         """Features that the score or the rule reads."""
         return frozenset(self.score.needs) | frozenset(self.rule.needs)
 
+    @property
+    def scope(self) -> Scope:
+        """Who shares a decision: "row", or "batch" (then the batch is part of the policy)."""
+        return self.rule.scope
+
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """State of score and rule at the start of a sequence."""
-        parts = {"score": self.score, "rule": self.rule}
-        return {
-            f"{name}.{key}": value
-            for name, part in parts.items()
-            for key, value in part.init(batch_size, device=device).items()
-        }
+        score = self.score.init(batch_size, device=device)
+        rule = self.rule.init(batch_size, device=device)
+        return named(score, "score") | named(rule, "rule")
 
     def update(self, features: Features, state: State) -> tuple[Tensor, Tensor, State]:
         """Ask at one stage.
+
+        Rows outside ``features.running`` keep their memory; what is returned for them is void.
 
         Returns
         -------
@@ -76,13 +90,15 @@ class Policy:
         score : Tensor, float32 [batch]
         state : State
         """
-        score, score_state = self.score.score(features, _part(state, "score"))
-        stop, rule_state = self.rule.decide(features, score, _part(state, "rule"))
-        return stop, score, _joined(score_state, rule_state)
+        score, score_state = self.score.score(features, part(state, "score"))
+        stop, rule_state = self.rule.decide(features, score, part(state, "rule"))
+        new = named(score_state, "score") | named(rule_state, "rule")
+        return stop, score, held(new, state, features.running)
 
     def advance(self, state: State) -> State:
         """State after a token is finished."""
-        return _joined(_part(state, "score"), self.rule.advance(_part(state, "rule")))
+        score, rule = part(state, "score"), part(state, "rule")
+        return named(self.score.advance(score), "score") | named(self.rule.advance(rule), "rule")
 
     def member(self, knob: float) -> Self:
         """Return the member of the policy's family at this knob, uncertified."""
@@ -155,19 +171,6 @@ class Policy:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CertificateError(f"{path} is not a policy file: {error}") from error
         return cls.from_dict(data)
-
-
-def _part(state: State, name: str) -> State:
-    prefix = f"{name}."
-    return {
-        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-    }
-
-
-def _joined(score: State, rule: State) -> State:
-    return {f"score.{key}": value for key, value in score.items()} | {
-        f"rule.{key}": value for key, value in rule.items()
-    }
 
 
 def members(policy: Policy, knobs: Sequence[float]) -> tuple[Policy, ...]:

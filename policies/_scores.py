@@ -8,21 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError
-from adaptive.policies._base import AbstractScore, Features, State
-
-
-def _needed(value: Tensor | None, name: str) -> Tensor:
-    if value is None:
-        raise InvalidArgumentError(name, None, f"the feature `{name}`, which this score needs")
-    return value
+from adaptive.policies._base import AbstractScore, Features, State, needed
 
 
 @dataclass(frozen=True)
 class ProbeScore(AbstractScore):
     """Probability of agreeing with the full model, read by the exit's linear probe.
 
-    The default: one dot product per row, about 1% of a layer.
+    The default: one dot product per row, about 1% of a layer. A probe trained to halt gives the
+    halting probability that :class:`QuantileExit` and :class:`SampledExit` read.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
@@ -33,7 +27,26 @@ class ProbeScore(AbstractScore):
 
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Sigmoid of the probe's logit, in (0, 1)."""
-        return torch.sigmoid(_needed(features.probe, "probe").float()), state
+        return torch.sigmoid(needed(features.probe, "probe").float()), state
+
+
+@dataclass(frozen=True)
+class NoScore(AbstractScore):
+    """No score at all, for rules that read none: minus infinity, which never stops.
+
+    Costs nothing: schedules, patience and full computation need no confidence.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """No memory."""
+        return {}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Minus infinity, float32 [batch]."""
+        nothing = torch.full_like(features.position, float("-inf"), dtype=torch.float32)
+        return nothing, state
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class MaxProbability(AbstractScore):
 
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """``exp(max - logsumexp)``: no full softmax is formed."""
-        logits = _readout(features, pruned=self.pruned)
+        logits = readout(features, pruned=self.pruned)
         return torch.exp(logits.amax(dim=-1) - torch.logsumexp(logits, dim=-1)), state
 
 
@@ -90,7 +103,7 @@ class Margin(AbstractScore):
 
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Top two logits and one logsumexp: no full softmax is formed."""
-        logits = _readout(features, pruned=self.pruned)
+        logits = readout(features, pruned=self.pruned)
         top = torch.topk(logits, 2, dim=-1).values
         weights = torch.exp(top - torch.logsumexp(logits, dim=-1, keepdim=True))
         return weights[..., 0] - weights[..., 1], state
@@ -115,13 +128,14 @@ class Saturation(AbstractScore):
 
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Cosine similarity in float32."""
-        hidden = _needed(features.hidden, "hidden").float()
+        hidden = needed(features.hidden, "hidden").float()
         if features.previous is None:
             return hidden.new_full(hidden.shape[:-1], float("-inf")), state
         return torch.cosine_similarity(hidden, features.previous.float(), dim=-1), state
 
 
-def _readout(features: Features, *, pruned: bool) -> Tensor:
+def readout(features: Features, *, pruned: bool) -> Tensor:
+    """Logits [batch, vocabulary] or [batch, kept] in float32."""
     if pruned:
-        return _needed(features.pruned_logits, "pruned_logits").float()
-    return _needed(features.logits, "logits").float()
+        return needed(features.pruned_logits, "pruned_logits").float()
+    return needed(features.logits, "logits").float()

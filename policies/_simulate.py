@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, Trace
-from adaptive.policies._base import AbstractRule, Features
+from adaptive.policies._base import AbstractRule, Features, State, check_stage, held
+from adaptive.policies._noise import keyed_noise, unit_keys
+
+#: What is asked of a rule at a stage: (features, score, state) -> (tensor [batch], state).
+Ask = Callable[[Features, Tensor, State], tuple[Tensor, State]]
 
 
-def exit_stages(rule: AbstractRule, trace: Trace) -> NDArray[np.int64]:
+def exit_stages(
+    rule: AbstractRule, trace: Trace, *, stages: tuple[int, ...] | None = None, seed: int = 0
+) -> NDArray[np.int64]:
     """Stage at which the rule stops each token of a trace.
 
     Units run side by side as rows of one batch and tokens in order, so rules with memory see
-    what they would see in a generation loop.
+    what they would see in a generation loop. (A rule of scope "batch" therefore sees the whole
+    trace as one batch.)
 
     Parameters
     ----------
     rule : AbstractRule
     trace : Trace
         ``scores [n_tokens, n_exits]`` and ``lengths [n_units]``.
+    stages : tuple of int, optional
+        Exits at which the policy asks; all exits of the trace when omitted.
+    seed : int
+        Seed of the keyed noise, for a rule that reads it.
 
     Returns
     -------
@@ -32,31 +45,95 @@ def exit_stages(rule: AbstractRule, trace: Trace) -> NDArray[np.int64]:
     Raises
     ------
     InvalidArgumentError
-        If the rule reads answers and the trace has no ``answers`` column.
+        If the rule reads answers and the trace has no ``answers`` column, or a stage is not in
+        the trace.
     """
     scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
+    found = torch.full(scores.shape[:2], scores.shape[2], dtype=torch.int64)
+    walk = _walk(rule, rule.decide, trace, stages=stages, seed=seed, absorbing=True)
+    for token, stage, stop in walk:
+        found[:, token] = torch.where(stop, stage, found[:, token])
+    exits: NDArray[np.int64] = found.numpy()[present]
+    return exits
+
+
+def largest(
+    rule: AbstractRule,
+    ask: Ask,
+    trace: Trace,
+    *,
+    stages: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> NDArray[np.float32]:
+    """Largest value of a statistic of the rule over the stages of each token, float32 [n_tokens].
+
+    For a rule that stops when the statistic reaches the knob, this is the largest knob at which
+    the token stops early at all. NaN counts as minus infinity.
+    """
+    scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
+    found = torch.full(scores.shape[:2], float("-inf"))
+    for token, _, value in _walk(rule, ask, trace, stages=stages, seed=seed, absorbing=False):
+        found[:, token] = torch.fmax(found[:, token], value)
+    values: NDArray[np.float32] = found.numpy()[present]
+    return values
+
+
+def _walk(
+    rule: AbstractRule,
+    ask: Ask,
+    trace: Trace,
+    *,
+    stages: tuple[int, ...] | None,
+    seed: int,
+    absorbing: bool,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Ask at every (token, stage); if absorbing, an answer of True ends the token for its row."""
+    scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
+    asked = _asked(stages, n_exits=scores.shape[2])
     answers = _answers(rule, trace)
-    n_units, longest, n_exits = scores.shape
-    stages = torch.full((n_units, longest), n_exits, dtype=torch.int64)
-    state = rule.init(n_units, device=torch.device("cpu"))
-    for token in range(longest):
-        running = torch.ones(n_units, dtype=torch.bool)
-        position = torch.full((n_units,), token, dtype=torch.int64)
-        for stage in range(n_exits):
+    positions = _padded(positions_of(trace), trace.lengths)[0]
+    keys = unit_keys(trace.unit_ids) if "noise" in rule.needs else None
+    state = rule.init(scores.shape[0], device=torch.device("cpu"))
+    for token in range(scores.shape[1]):
+        running = torch.from_numpy(present[:, token])
+        position = positions[:, token]
+        noise = None if keys is None else keyed_noise(keys, position, seed=seed)
+        for stage in asked:
             features = Features(
                 stage=stage,
                 position=position,
                 answer=None if answers is None else answers[:, token, stage],
+                noise=noise,
+                running=running,
             )
-            stop, state = rule.decide(features, scores[:, token, stage], state)
-            stages[:, token] = torch.where(running & stop, stage, stages[:, token])
-            running = running & ~stop
+            value, new = ask(features, scores[:, token, stage], state)
+            state = held(new, state, running)
+            if absorbing:
+                value = value & running
+                running = running & ~value
+            yield token, stage, value
         state = rule.advance(state)
-    found: NDArray[np.int64] = stages.numpy()[present]
-    return found
 
 
-def _answers(rule: AbstractRule, trace: Trace) -> torch.Tensor | None:
+def positions_of(trace: Trace) -> NDArray[np.int64]:
+    """Position of each token of a trace as the loop counts it, int64 [n_tokens].
+
+    The column ``positions`` where the trace has one (a loop whose first token comes from the
+    prompt pass starts at 1), else the place of the row inside its unit, from 0.
+    """
+    given = trace.columns.get("positions")
+    return trace.positions if given is None else np.asarray(given, dtype=np.int64)
+
+
+def _asked(stages: tuple[int, ...] | None, *, n_exits: int) -> tuple[int, ...]:
+    if stages is None:
+        return tuple(range(n_exits))
+    if check_stage(stages)[-1] >= n_exits:
+        raise InvalidArgumentError("stages", stages, f"exits of the trace, 0..{n_exits - 1}")
+    return stages
+
+
+def _answers(rule: AbstractRule, trace: Trace) -> Tensor | None:
     if "answer" not in rule.needs:
         return None
     if "answers" not in trace.columns:
@@ -66,9 +143,7 @@ def _answers(rule: AbstractRule, trace: Trace) -> torch.Tensor | None:
     return _padded(np.asarray(trace.columns["answers"]), trace.lengths)[0]
 
 
-def _padded(
-    values: NDArray[Any], lengths: NDArray[np.int64]
-) -> tuple[torch.Tensor, NDArray[np.bool_]]:
+def _padded(values: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
     """Ragged ``[n_tokens, ...]`` to ``[n_units, longest, ...]`` and the mask of real tokens."""
     present = np.arange(int(lengths.max(initial=0)))[None, :] < np.asarray(lengths)[:, None]
     padded = np.zeros((*present.shape, *values.shape[1:]), dtype=values.dtype)

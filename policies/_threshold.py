@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace
-from adaptive.policies._base import AbstractRule, Features, State
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies._base import Features, State
+from adaptive.policies._statistic import AbstractStatisticRule, check_knob
 
 
 @dataclass(frozen=True)
-class Threshold(AbstractRule):
+class Threshold(AbstractStatisticRule):
     """Stop at the first asked stage with ``score >= threshold``.
 
     The knob is the threshold itself, shared by all stages: scores must live on one scale, which
-    the default score (a calibrated probe) does. ``threshold = inf`` never stops early.
+    the default score (a calibrated probe) does. ``threshold = inf`` never stops early. BranchyNet,
+    DeeBERT, EE-LLM, LITE and MuE are this rule with another score.
 
     Parameters
     ----------
@@ -43,41 +44,27 @@ class Threshold(AbstractRule):
     [True, False]
     """
 
+    knob_name: ClassVar[str] = "threshold"
+
     threshold: float = math.inf
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
-            raise InvalidArgumentError("threshold", self.threshold, "a number, not NaN")
+        check_knob("threshold", self.threshold)
         if self.warmup < 0:
             raise InvalidArgumentError("warmup", self.warmup, "an integer >= 0")
 
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        """Put the threshold on the device, so that recalibration never recaptures a graph."""
-        return {"threshold": torch.tensor(self.threshold, dtype=torch.float32, device=device)}
+    def tables(self, *, device: torch.device) -> State:
+        """None."""
+        return {}
 
-    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
-        """Compare in float32; a NaN score never stops."""
-        stop = score >= state["threshold"]
+    def memory(self, batch_size: int, *, device: torch.device) -> State:
+        """None."""
+        return {}
+
+    def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        """The score itself, and minus infinity while warming up."""
         if self.warmup:
-            stop = stop & (features.position >= self.warmup)
-        return stop, state
-
-    def with_knob(self, knob: float) -> Self:
-        """Return the same rule at another threshold."""
-        return replace(self, threshold=float(knob))
-
-    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
-        """Infinity, then quantiles of the tokens' best scores, from high to low.
-
-        Each value is a score that occurred, so ``>=`` moves at least one token.
-        """
-        if size < 2:
-            raise InvalidArgumentError("size", size, "an integer >= 2")
-        best = np.asarray(trace.scores, dtype=np.float32).max(axis=1)
-        best = best[np.isfinite(best)]
-        if best.size == 0:
-            return (math.inf,)
-        levels = np.linspace(1.0, 0.0, size - 1)
-        values = np.unique(np.quantile(best, levels, method="higher"))[::-1]
-        return (math.inf, *(float(value) for value in values))
+            cold = features.position < self.warmup
+            return torch.where(cold, float("-inf"), score), state
+        return score, state

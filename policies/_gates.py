@@ -1,0 +1,397 @@
+"""Learned gates: the probability of agreement, trained with balanced classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.policies._base import AbstractScore, Features, State, named, needed, part
+from adaptive.policies._scores import readout
+
+Vector = tuple[float, ...]
+Matrix = tuple[Vector, ...]
+
+
+@dataclass(frozen=True)
+class LinearGate(AbstractScore):
+    """Logistic regression on the hidden state, one per exit: CALM's learned exit classifier.
+
+    Parameters
+    ----------
+    weights : tuple of tuple of float [n_exits, width]
+    biases : tuple of float [n_exits]
+
+    References
+    ----------
+    .. [1] Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022, section 3.5.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    weights: Matrix
+    biases: Vector
+
+    def __post_init__(self) -> None:
+        _check_gate(self.weights, self.biases)
+
+    @classmethod
+    def fit(cls, hidden: ArrayLike, agree: ArrayLike) -> Self:
+        """Fit every exit by itself; agreeing and disagreeing tokens weigh the same in total.
+
+        Parameters
+        ----------
+        hidden : array_like [n_tokens, n_exits, width]
+            Hidden states of the fit split.
+        agree : array_like of bool [n_tokens, n_exits]
+            Whether the exit's answer is the full model's.
+        """
+        return cls(*_logistic(np.asarray(hidden, dtype=np.float64), np.asarray(agree, dtype=bool)))
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """Weights and biases, on the device."""
+        return _tables(self.weights, self.biases, device)
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Sigmoid of one dot product, float32 [batch]."""
+        return _gated(needed(features.hidden, "hidden").float(), features.stage, state), state
+
+
+@dataclass(frozen=True)
+class StatisticsGate(AbstractScore):
+    """Logistic regression on four statistics of the exit's readout, one per exit: JEI-DNN's gate.
+
+    The statistics are the largest probability, the entropy, the margin of the two largest
+    probabilities and the entropy of the normalised squared probabilities.
+
+    Parameters
+    ----------
+    weights : tuple of tuple of float [n_exits, 4]
+    biases : tuple of float [n_exits]
+
+    References
+    ----------
+    .. [1] Chataoui et al., "Jointly-learned exit and inference for a dynamic neural network:
+       JEI-DNN", ICLR 2024.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    weights: Matrix
+    biases: Vector
+
+    def __post_init__(self) -> None:
+        _check_gate(self.weights, self.biases)
+
+    @classmethod
+    def fit(cls, logits: ArrayLike, agree: ArrayLike) -> Self:
+        """Fit every exit by itself, with balanced classes.
+
+        Parameters
+        ----------
+        logits : array_like [n_tokens, n_exits, vocabulary]
+            Readouts of the fit split.
+        agree : array_like of bool [n_tokens, n_exits]
+        """
+        given = torch.as_tensor(np.asarray(logits, dtype=np.float32))
+        inputs = statistics_of(given).double().numpy()
+        return cls(*_logistic(inputs, np.asarray(agree, dtype=bool)))
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """Weights and biases, on the device."""
+        return _tables(self.weights, self.biases, device)
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        inputs = statistics_of(readout(features, pruned=False))
+        return _gated(inputs, features.stage, state), state
+
+
+@dataclass(frozen=True)
+class HaltingGate(AbstractScore):
+    """Halting probability of a small network: PALBERT's lambda layer.
+
+    Layers of ``tanh(W x + b)`` and a last linear one, on the hidden state, the hidden state at
+    the exit before (zeros at the first) and a learned embedding of the exit; shared by all exits.
+    The score is the probability of stopping here given that nothing stopped before, as
+    :class:`QuantileExit` and :class:`SampledExit` read it; a threshold reads it as well.
+
+    Parameters
+    ----------
+    layers : tuple of matrices
+        Weights ``[out, in]`` of each layer; the first takes ``2 width + embedding``, the last
+        gives 1.
+    biases : tuple of tuple of float
+        One vector per layer.
+    embedding : tuple of tuple of float [n_exits, embedding]
+        May be of width 0.
+
+    References
+    ----------
+    .. [1] Balagansky and Gavrilov, "PALBERT: teaching ALBERT to ponder", NeurIPS 2022.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "previous"})
+
+    layers: tuple[Matrix, ...]
+    biases: Matrix
+    embedding: Matrix
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(self.layers) != len(self.biases) or len(self.layers[-1]) != 1:
+            raise InvalidArgumentError(
+                "layers", f"{len(self.layers)} layers", "one bias vector per layer, one last output"
+            )
+
+    @classmethod
+    def fit(
+        cls,
+        hidden: ArrayLike,
+        agree: ArrayLike,
+        *,
+        width: int = 32,
+        embedding: int = 4,
+        steps: int = 300,
+        rng: int = 0,
+    ) -> Self:
+        """Train by Adam on the balanced binary cross-entropy, all exits together.
+
+        Parameters
+        ----------
+        hidden : array_like [n_tokens, n_exits, width]
+        agree : array_like of bool [n_tokens, n_exits]
+        width, embedding : int
+            Units of the three hidden layers and of the exit embedding.
+        steps : int
+            Full-batch steps at learning rate 0.01.
+        rng : int
+            Seed of the initial weights.
+        """
+        states = torch.as_tensor(np.asarray(hidden, dtype=np.float32))
+        target = torch.as_tensor(np.asarray(agree, dtype=np.float32))
+        before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+        seed = torch.Generator().manual_seed(rng)
+        sizes = [2 * states.shape[2] + embedding, width, width, width, 1]
+        weights = [
+            (torch.randn(b, a, generator=seed) / math.sqrt(a)).requires_grad_()
+            for a, b in pairwise(sizes)
+        ]
+        biases = [torch.zeros(b, requires_grad=True) for b in sizes[1:]]
+        table = (0.1 * torch.randn(states.shape[1], embedding, generator=seed)).requires_grad_()
+        positive = target.mean().clamp(1e-6, 1 - 1e-6)
+        balance = torch.where(target > 0, 0.5 / positive, 0.5 / (1 - positive))
+        optimiser = torch.optim.Adam([*weights, *biases, table], lr=0.01)
+        for _ in range(steps):
+            placed = table.expand(states.shape[0], -1, -1)
+            logit = _network(torch.cat([states, before, placed], dim=-1), weights, biases)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, target, balance)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        return cls(
+            layers=tuple(_nested(weight) for weight in weights),
+            biases=tuple(tuple(bias.tolist()) for bias in biases),
+            embedding=_nested(table),
+        )
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """Weights, biases and embedding, on the device."""
+        state = {
+            f"weight{i}": torch.tensor(layer, device=device) for i, layer in enumerate(self.layers)
+        }
+        state |= {
+            f"bias{i}": torch.tensor(bias, device=device) for i, bias in enumerate(self.biases)
+        }
+        return state | {"embedding": torch.tensor(self.embedding, device=device)}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        hidden = needed(features.hidden, "hidden").float()
+        before = torch.zeros_like(hidden) if features.previous is None else features.previous
+        placed = state["embedding"][features.stage].expand(hidden.shape[0], -1)
+        weights = [state[f"weight{i}"] for i in range(len(self.layers))]
+        biases = [state[f"bias{i}"] for i in range(len(self.layers))]
+        inputs = torch.cat([hidden, before.float(), placed], dim=-1)
+        return torch.sigmoid(_network(inputs, weights, biases)), state
+
+
+@dataclass(frozen=True)
+class RecurrentGate(AbstractScore):
+    """Gate with a memory of the sequence: logistic regression on a score and its running means.
+
+    The memory holds exponential means, over the tokens of the sequence, of the base score at the
+    first asked exit, which every token visits: what it holds therefore does not depend on where
+    earlier tokens stopped, and a full-depth trace foretells the loop exactly. It starts at zero
+    with every sequence. A stand-in for DYNAMAX's recurrent classifiers.
+
+    Parameters
+    ----------
+    base : AbstractScore
+        A score without memory across tokens.
+    decays : tuple of float [n_means]
+        Decay per token of each mean, in (0, 1).
+    weights : tuple of tuple of float [n_exits, 1 + n_means]
+        Weight of the base score, then of the means.
+    biases : tuple of float [n_exits]
+    first : int
+        The first asked exit.
+
+    References
+    ----------
+    .. [1] "DYNAMAX: Dynamic computing for transformers and Mamba", arXiv 2504.20922.
+    """
+
+    across_tokens: ClassVar[bool] = True
+
+    base: AbstractScore
+    decays: Vector
+    weights: Matrix
+    biases: Vector
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        _check_gate(self.weights, self.biases)
+        if not self.decays or not all(0.0 < decay < 1.0 for decay in self.decays):
+            raise InvalidArgumentError("decays", self.decays, "numbers in (0, 1)")
+        if self.base.across_tokens:
+            raise InvalidArgumentError("base", self.base, "a score without memory across tokens")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the base reads."""
+        return self.base.needs
+
+    @classmethod
+    def fit(
+        cls,
+        base: AbstractScore,
+        trace: Trace,
+        *,
+        decays: Vector = (0.5, 0.9, 0.99),
+        first: int = 0,
+        loss: str = "disagreement",
+    ) -> Self:
+        """Fit on a trace of the base score, with balanced classes."""
+        scores = np.asarray(trace.scores, dtype=np.float64)
+        means = _running_means(scores[:, first], trace.positions, decays)
+        inputs = np.concatenate(
+            [scores[:, :, None], np.repeat(means[:, None], scores.shape[1], 1)], axis=2
+        )
+        weights, biases = _logistic(inputs, np.asarray(trace.losses[loss]) == 0)
+        return cls(base=base, decays=decays, weights=weights, biases=biases, first=first)
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """Means so far, float32 [batch, n_means], tables, and the base's memory."""
+        base = self.base.init(batch_size, device=device)
+        return named(base, "base") | {
+            "means": torch.zeros(batch_size, len(self.decays), device=device),
+            "decays": torch.tensor(self.decays, dtype=torch.float32, device=device),
+            **_tables(self.weights, self.biases, device),
+        }
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        value, base = self.base.score(features, part(state, "base"))
+        means = state["means"]
+        if features.stage == self.first:
+            means = torch.lerp(value[:, None], means, state["decays"])
+        inputs = torch.cat([value[:, None], means], dim=1)
+        state = state | named(base, "base") | {"means": means}
+        return _gated(inputs, features.stage, state), state
+
+    def advance(self, state: State) -> State:
+        """Keep the means; let the base forget the token."""
+        base = self.base.advance(part(state, "base"))
+        return state | named(base, "base")
+
+
+def statistics_of(logits: Tensor) -> Tensor:
+    """Largest probability, entropy, margin, entropy of normalised squares: float32 [..., 4]."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    log_q = torch.log_softmax(2.0 * log_p, dim=-1)
+    top = torch.topk(log_p, 2, dim=-1).values.exp()
+    return torch.stack(
+        [top[..., 0], _entropy(log_p), top[..., 0] - top[..., 1], _entropy(log_q)], dim=-1
+    )
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
+
+
+def _gated(inputs: Tensor, stage: int, state: State) -> Tensor:
+    return torch.sigmoid(inputs @ state["weights"][stage] + state["biases"][stage])
+
+
+def _tables(weights: Matrix, biases: Vector, device: torch.device) -> State:
+    return {
+        "weights": torch.tensor(weights, dtype=torch.float32, device=device),
+        "biases": torch.tensor(biases, dtype=torch.float32, device=device),
+    }
+
+
+def _network(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        inputs = torch.tanh(inputs @ weight.T + bias)
+    return (inputs @ weights[-1].T + biases[-1])[..., 0]
+
+
+def _logistic(inputs: NDArray[Any], agree: NDArray[np.bool_]) -> tuple[Matrix, Vector]:
+    """Balanced logistic regression per exit; an exit with one class only gets that class's sign."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    if inputs.ndim != 3 or inputs.shape[:2] != agree.shape:
+        raise InvalidArgumentError(
+            "agree", f"shape {agree.shape}", f"of shape {inputs.shape[:2]}, one label per input"
+        )
+    weights, biases = [], []
+    for stage in range(inputs.shape[1]):
+        finite = np.isfinite(inputs[:, stage]).all(axis=1)
+        given, label = inputs[finite, stage], agree[finite, stage]
+        if np.unique(label).size < 2:
+            weights.append((0.0,) * inputs.shape[2])
+            biases.append(_SURE if label.any() else -_SURE)
+            continue
+        scaler = StandardScaler().fit(given)
+        model = LogisticRegression(class_weight="balanced", max_iter=1000)
+        model.fit(scaler.transform(given), label)
+        slope = model.coef_[0] / scaler.scale_
+        weights.append(tuple(float(value) for value in slope))
+        biases.append(float(model.intercept_[0] - slope @ scaler.mean_))
+    return tuple(weights), tuple(biases)
+
+
+_SURE = 4.0  # logit given to an exit whose fit split holds one class only
+
+
+def _running_means(
+    values: NDArray[np.float64], positions: NDArray[np.int64], decays: Vector
+) -> NDArray[np.float64]:
+    rates = np.asarray(decays)
+    means = np.zeros((values.size, rates.size))
+    last = np.zeros(rates.size)
+    for token, value in enumerate(values):
+        last = (0.0 if positions[token] == 0 else last) * rates + (1.0 - rates) * value
+        means[token] = last
+    return means
+
+
+def _nested(weight: Tensor) -> Matrix:
+    return tuple(tuple(row) for row in weight.detach().tolist())
+
+
+def _check_gate(weights: Matrix, biases: Vector) -> None:
+    if not weights or len(weights) != len(biases) or len({len(row) for row in weights}) != 1:
+        raise InvalidArgumentError(
+            "weights", f"{len(weights)} rows", "one row of equal width and one bias per exit"
+        )

@@ -1,0 +1,179 @@
+"""Halting distributions: stop when enough probability of halting has accumulated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies._base import Features, State, needed
+from adaptive.policies._statistic import AbstractStatisticRule, check_knob
+
+
+@dataclass(frozen=True)
+class QuantileExit(AbstractStatisticRule):
+    """Stop at the first asked stage where the halting distribution's mass exceeds a quantile.
+
+    The score is read as the probability of halting here given that nothing halted before, as in
+    PonderNet, PALBERT's Q-exit and Ouro. At full depth the mass is 1 by definition.
+
+    Parameters
+    ----------
+    quantile : float
+        ``q``; PALBERT uses 0.5. At 1 or above it never stops early.
+
+    References
+    ----------
+    .. [1] Balagansky and Gavrilov, "PALBERT: teaching ALBERT to ponder", NeurIPS 2022.
+    """
+
+    knob_name: ClassVar[str] = "quantile"
+    strict: ClassVar[bool] = True
+
+    quantile: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_knob("quantile", self.quantile)
+
+    def tables(self, *, device: torch.device) -> State:
+        """None."""
+        return {}
+
+    def memory(self, batch_size: int, *, device: torch.device) -> State:
+        """Probability of not having halted yet."""
+        return {"alive": torch.ones(batch_size, device=device)}
+
+    def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mass halted so far."""
+        alive = state["alive"] * (1.0 - score)
+        return 1.0 - alive, state | {"alive": alive}
+
+
+@dataclass(frozen=True)
+class SampledExit(AbstractStatisticRule):
+    """Halt at random, by the halting distribution: PonderNet's own readout.
+
+    One uniform draw per unit and position is compared with the mass halted so far, which has the
+    law of one Bernoulli draw per stage. The knob slows halting down: the chance of passing a
+    stage is raised to the power ``1 / slowness``, so 1 is the published rule, ``inf`` never stops.
+
+    Parameters
+    ----------
+    slowness : float
+        Positive.
+
+    References
+    ----------
+    .. [1] Banino, Balaguer and Blundell, "PonderNet: learning to ponder", arXiv 2107.05407.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"noise"})
+    knob_name: ClassVar[str] = "slowness"
+    strict: ClassVar[bool] = True
+
+    slowness: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.slowness > 0.0:
+            raise InvalidArgumentError("slowness", self.slowness, "positive")
+
+    def tables(self, *, device: torch.device) -> State:
+        """None."""
+        return {}
+
+    def memory(self, batch_size: int, *, device: torch.device) -> State:
+        """Logarithm of the probability of not having halted yet, at slowness 1."""
+        return {"log_alive": torch.zeros(batch_size, device=device)}
+
+    def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        """Largest slowness at which this draw has halted by now: ``log S / log(1 - u)``."""
+        log_alive = state["log_alive"] + torch.log1p(-score)
+        passing = torch.log1p(-needed(features.noise, "noise"))
+        ratio = torch.where(passing < 0, log_alive / passing, _LARGEST).clamp(max=_LARGEST)
+        value = torch.where(log_alive < 0, ratio, -math.inf)
+        return value, state | {"log_alive": log_alive}
+
+
+_LARGEST = 1e30  # a finite stand-in for "halts at every slowness"
+
+
+@dataclass(frozen=True)
+class TruncatedSumExit(AbstractStatisticRule):
+    """Stop when the share of the remaining mass that JEI-DNN's gates put here reaches a level.
+
+    With gates ``g`` (the scores), ``p_l = max(0, min(g_l, 1 - sum_{j<l} g_j))`` and the share is
+    ``p_l / (1 - sum_{j<l} p_j)``; the published level is 0.5.
+
+    Parameters
+    ----------
+    level : float
+        In (0, 1], or above 1 to never stop early.
+
+    References
+    ----------
+    .. [1] Chataoui et al., "JEI-DNN", ICLR 2024.
+    """
+
+    knob_name: ClassVar[str] = "level"
+
+    level: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.level > 0.0:
+            raise InvalidArgumentError("level", self.level, "positive")
+
+    def tables(self, *, device: torch.device) -> State:
+        """None."""
+        return {}
+
+    def memory(self, batch_size: int, *, device: torch.device) -> State:
+        """Mass that the gates before have not taken."""
+        return {"left": torch.ones(batch_size, device=device)}
+
+    def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        """Share of the remaining mass taken here; 1 when none remains; -inf when none is taken."""
+        left = state["left"]
+        taken = torch.clamp(torch.minimum(torch.nan_to_num(score, nan=0.0), left), min=0.0)
+        share = torch.where(left > 0, taken / left, 1.0)
+        share = torch.where(torch.isnan(score) | (share <= 0), -math.inf, share)
+        return share, state | {"left": left - taken}
+
+
+def halting_distribution(halting: Tensor) -> Tensor:
+    """Probability of each stage from halting probabilities ``[..., K]``; the last takes the rest.
+
+    Examples
+    --------
+    >>> halting_distribution(torch.tensor([0.1, 0.2, 0.5, 1.0]))
+    tensor([0.1000, 0.1800, 0.3600, 0.3600])
+    """
+    alive = torch.cumprod(1.0 - halting[..., :-1], dim=-1)
+    before = torch.cat([torch.ones_like(halting[..., :1]), alive], dim=-1)
+    return torch.cat([before[..., :-1] * halting[..., :-1], before[..., -1:]], dim=-1)
+
+
+def truncated_distribution(gates: Tensor) -> Tensor:
+    """JEI-DNN's probability of each stage from gates ``[..., K-1]``; the last takes the rest.
+
+    Examples
+    --------
+    >>> truncated_distribution(torch.tensor([0.6, 0.7, 0.9]))
+    tensor([0.6000, 0.4000, 0.0000, 0.0000])
+    """
+    total = torch.cumsum(gates, dim=-1)
+    before = torch.cat([torch.zeros_like(gates[..., :1]), total[..., :-1]], dim=-1)
+    taken = torch.clamp(torch.minimum(gates, 1.0 - before), min=0.0)
+    rest = torch.clamp(1.0 - taken.sum(dim=-1, keepdim=True), min=0.0)
+    return torch.cat([taken, rest], dim=-1)
+
+
+def expected_readout(distribution: Tensor, readouts: Tensor) -> Tensor:
+    """Mean of ``readouts [..., K, values]`` under ``distribution [..., K]``: needs every stage.
+
+    The expectation readout of PonderNet and PALBERT: not a stopping rule, since nothing is saved.
+    """
+    return (distribution[..., None] * readouts).sum(dim=-2)

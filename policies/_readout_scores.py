@@ -1,0 +1,188 @@
+"""Scores of the exit's readout beyond its largest probability: entropy, energy, logit margin."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies._base import AbstractScore, Features, State, needed
+from adaptive.policies._scores import readout
+
+
+@dataclass(frozen=True)
+class NegativeEntropy(AbstractScore):
+    """Minus the Shannon entropy of the exit's readout, in nats: ``[-log(vocabulary), 0]``.
+
+    Computed as ``sum p x - logsumexp(x)`` on logits shifted by their largest, so logits of any
+    size give a finite score (released DeeBERT code sums raw exponentials and overflows).
+
+    References
+    ----------
+    .. [1] Teerapittayanon et al., "BranchyNet", ICPR 2016.
+    .. [2] Xin et al., "DeeBERT", ACL 2020.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """No memory."""
+        return {}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        return _negative_entropy(readout(features, pruned=False)), state
+
+
+@dataclass(frozen=True)
+class Concentration(AbstractScore):
+    """One minus the entropy over its largest possible value, in [0, 1].
+
+    The same order of tokens as :class:`NegativeEntropy`, on a scale that does not depend on the
+    size of the vocabulary.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """No memory."""
+        return {}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        logits = readout(features, pruned=False)
+        return 1.0 + _negative_entropy(logits) / math.log(logits.shape[-1]), state
+
+
+@dataclass(frozen=True)
+class Energy(AbstractScore):
+    """Minus the free energy of the logits, ``T logsumexp(x / T)``: unbounded.
+
+    Parameters
+    ----------
+    temperature : float
+        Positive.
+
+    References
+    ----------
+    .. [1] Liu et al., "Energy-based out-of-distribution detection", NeurIPS 2020.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise InvalidArgumentError("temperature", self.temperature, "positive and finite")
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """No memory."""
+        return {}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        logits = readout(features, pruned=False)
+        return self.temperature * torch.logsumexp(logits / self.temperature, dim=-1), state
+
+
+@dataclass(frozen=True)
+class LogitMargin(AbstractScore):
+    """Difference of the two largest logits, at least 0: no normalisation is needed at all.
+
+    Parameters
+    ----------
+    pruned : bool
+        Read the exit's pruned vocabulary.
+    """
+
+    pruned: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The feature read."""
+        return frozenset({"pruned_logits" if self.pruned else "logits"})
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """No memory."""
+        return {}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        top = torch.topk(readout(features, pruned=self.pruned), 2, dim=-1).values
+        return top[..., 0] - top[..., 1], state
+
+
+@dataclass(frozen=True)
+class DynamicVocabulary(AbstractScore):
+    """Top-two probability margin within the tokens that the first asked exit found likely.
+
+    The first exit of a token keeps its ``kept[0]`` best token ids; a later exit reads the
+    probabilities of the first ``kept[stage]`` of them only. The ids are ids of the full
+    vocabulary, so nothing has to be mapped back. When an exit's two best tokens are among the kept
+    ones, the score is the full margin divided by the kept mass: never below it. When the best
+    token was dropped, it can be anything: thresholds must be calibrated on this score itself.
+
+    Parameters
+    ----------
+    kept : tuple of int
+        Tokens kept at each exit, 0..K-2, non-increasing, at least 2 (`decaying_vocabulary`).
+
+    References
+    ----------
+    .. [1] Vincenti et al., "Dynamic vocabulary pruning in early-exit LLMs", ENLSP workshop 2024.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        rising = any(b > a for a, b in pairwise(self.kept))
+        if not self.kept or rising or self.kept[-1] < 2:
+            raise InvalidArgumentError("kept", self.kept, "non-increasing integers >= 2, per exit")
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        """Ids chosen at the first exit, int64 [batch, kept[0]]; -1 before."""
+        size = (batch_size, self.kept[0])
+        return {"ids": torch.full(size, -1, dtype=torch.int64, device=device)}
+
+    def score(self, features: Features, state: State) -> tuple[Tensor, State]:
+        """Float32 [batch]."""
+        logits = needed(features.logits, "logits").float()
+        chosen = torch.topk(logits, self.kept[0], dim=-1).indices
+        ids = torch.where(state["ids"] < 0, chosen, state["ids"])
+        probability = torch.softmax(logits.gather(-1, ids[:, : self.kept[features.stage]]), dim=-1)
+        top = torch.topk(probability, 2, dim=-1).values
+        return top[:, 0] - top[:, 1], {"ids": ids}
+
+    def advance(self, state: State) -> State:
+        """Choose anew for the next token."""
+        return {"ids": torch.full_like(state["ids"], -1)}
+
+
+def decaying_vocabulary(first: int, last: int, *, n_exits: int) -> tuple[int, ...]:
+    """Sizes ``max(last, first / (1 + (first - last) / last * i / n_exits))`` for exits i = 0, 1, ...
+
+    Examples
+    --------
+    >>> decaying_vocabulary(256, 64, n_exits=4)
+    (256, 146, 102, 78)
+    """
+    if not 2 <= last <= first:
+        raise InvalidArgumentError("last", last, f"in 2..{first}")
+    slope = (first - last) / last
+    return tuple(max(last, int(first / (1 + slope * i / n_exits))) for i in range(n_exits))
+
+
+def _negative_entropy(logits: Tensor) -> Tensor:
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    weights = torch.exp(shifted)
+    total = weights.sum(dim=-1)
+    terms = torch.where(weights > 0, weights * shifted, 0.0)
+    return terms.sum(dim=-1) / total - torch.log(total)

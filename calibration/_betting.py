@@ -82,20 +82,31 @@ def agrapa_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float =
     return -_agrapa_peak(scaled, np.full(scaled.shape[1], level))
 
 
-def star_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float = 1.0) -> Array:
+def star_log_p(
+    losses: ArrayLike,
+    *,
+    risk: float,
+    delta: float,
+    bound: float = 1.0,
+    prior_units: float = 40.0,
+) -> Array:
     r"""Log p-value of H: E L > risk by bets that recalculate the distance to the target.
 
     .. math:: \nu_t = \min\Big\{\sqrt{\frac{2(\ln(1/\delta) - \ln K_{t-1})_+}{(n - t + 1)\, v_t}},
-        \frac{1}{1 - m}\Big\}, \quad v_t = \frac{m(1-m) + \sum_{i<t}(L_i - m)^2}{t}
+        \frac{1}{1 - m}\Big\}, \quad v_t = \frac{w\,m(1-m) + \sum_{i<t}(L_i - m)^2}{w + t - 1}
 
-    in units of the bound. Betting stops when the wealth reaches 1/delta, so the evidence is made
-    for this one `delta`: powerful in a fixed sequence or with Bonferroni, where the level of each
-    test is known beforehand. Valid by Ville's inequality for any predictable bet. Cost: one pass
-    over the units, sequential in wealth, vectorised over columns. Parameters as `wsr_log_p`.
+    in units of the bound, with w = `prior_units`: how many units' worth of trust the start value
+    of the variance (that of a 0/1 loss at the level) gets. Small w overbets on rare large losses
+    before the first of them is seen, and one such loss then ruins the wealth. Betting stops when
+    the wealth reaches 1/delta, so the evidence is made for this one `delta`: powerful in a fixed
+    sequence or with Bonferroni, where the level of each test is known beforehand. Valid by Ville's
+    inequality for any predictable bet, any w. Cost: one pass over the units, sequential in wealth,
+    vectorised over columns. Other parameters as `wsr_log_p`.
 
     References
     ----------
-    Voracek and Orabona (2025), arXiv:2505.22422 (this variant follows the published idea).
+    Voracek and Orabona (2025), arXiv:2505.22422 (this variant follows the published idea; w is
+    ours, w = 1 gives the form measured in the literature on early exits).
 
     Examples
     --------
@@ -103,9 +114,10 @@ def star_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float = 1
     True
     """
     scaled, level = _prepare(losses, risk, delta, bound)
+    prior = check_positive("prior_units", prior_units)
     if scaled.shape[1] == 1:
-        return -np.array([_star_peak_scalar(scaled[:, 0].tolist(), level, delta)])
-    return -_star_peak(scaled, np.full(scaled.shape[1], level), delta)
+        return -np.array([_star_peak_scalar(scaled[:, 0].tolist(), level, delta, prior)])
+    return -_star_peak(scaled, np.full(scaled.shape[1], level), delta, prior)
 
 
 def wsr_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
@@ -121,7 +133,7 @@ def wsr_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> A
     0.0237975915
     """
     check_probability("delta", delta)
-    scaled, upper = _scale(losses, bound)
+    scaled, upper = scale_losses(losses, bound)
     bets = _wsr_bets(scaled, delta)
     target = -math.log(delta)
     low, high = np.zeros(scaled.shape[1]), np.ones(scaled.shape[1])
@@ -142,20 +154,24 @@ def agrapa_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -
     a grid point is a test of every mean between it and the next one.
     """
     check_probability("delta", delta)
-    return _grid_upper_bound(*_scale(losses, bound), delta, _agrapa_peak)
+    return grid_upper_bound(*scale_losses(losses, bound), delta, _agrapa_peak)
 
 
-def star_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
+def star_upper_bound(
+    losses: ArrayLike, *, delta: float, bound: float = 1.0, prior_units: float = 40.0
+) -> Array:
     """Upper confidence bound on E L by target-recalculating bets, as `agrapa_upper_bound`."""
     check_probability("delta", delta)
+    prior = check_positive("prior_units", prior_units)
 
     def peak(column: Array, levels: Array) -> Array:
-        return _star_peak(column, levels, delta)
+        return _star_peak(column, levels, delta, prior)
 
-    return _grid_upper_bound(*_scale(losses, bound), delta, peak)
+    return grid_upper_bound(*scale_losses(losses, bound), delta, peak)
 
 
-def _scale(losses: ArrayLike, bound: float) -> tuple[Array, float]:
+def scale_losses(losses: ArrayLike, bound: float) -> tuple[Array, float]:
+    """Return losses [n_units, n_columns] in units of `bound`, checked against it, and `bound`."""
     matrix = float_matrix("losses", losses)
     upper = check_positive("bound", bound)
     require_at_most("losses", matrix, upper)
@@ -165,7 +181,7 @@ def _scale(losses: ArrayLike, bound: float) -> tuple[Array, float]:
 def _prepare(losses: ArrayLike, risk: float, delta: float, bound: float) -> tuple[Array, float]:
     level, upper = check_risk(risk, bound)
     check_probability("delta", delta)
-    return _scale(losses, upper)[0], level / upper
+    return scale_losses(losses, upper)[0], level / upper
 
 
 def _running_moments(scaled: Array) -> tuple[Array, Array]:
@@ -180,13 +196,13 @@ def _running_moments(scaled: Array) -> tuple[Array, Array]:
 def _wsr_bets(scaled: Array, delta: float) -> Array:
     _, variance = _running_moments(scaled)
     target = -2.0 * math.log(delta) / scaled.shape[0]
-    return np.minimum(1.0, np.sqrt(target / variance))
+    return np.asarray(np.minimum(1.0, np.sqrt(target / variance)))
 
 
 def _wsr_peak(scaled: Array, bets: Array, level: float | Array) -> Array:
     with np.errstate(divide="ignore"):
         gains = np.log(np.maximum(1.0 - bets * (scaled - level), 0.0))
-    return np.maximum(np.cumsum(gains, axis=0).max(axis=0), 0.0)
+    return np.asarray(np.maximum(np.cumsum(gains, axis=0).max(axis=0), 0.0))
 
 
 def _agrapa_peak(scaled: Array, levels: Array) -> Array:
@@ -198,17 +214,18 @@ def _agrapa_peak(scaled: Array, levels: Array) -> Array:
     return _wsr_peak(scaled, bets, levels)
 
 
-def _star_peak(scaled: Array, levels: Array, delta: float) -> Array:
+def _star_peak(scaled: Array, levels: Array, delta: float, prior: float) -> Array:
     """Largest log wealth per column; `scaled` [n, J] or [n, 1] against levels [J]."""
     n = scaled.shape[0]
     target = -math.log(delta)
     with np.errstate(divide="ignore", invalid="ignore"):
         limit = 1.0 / (1.0 - levels)
         wealth, peak = np.zeros_like(levels), np.zeros_like(levels)
-        spread = levels * (1.0 - levels)
+        spread = prior * levels * (1.0 - levels)
         for t, row in enumerate(scaled, start=1):
             need = np.maximum(target - wealth, 0.0)
-            bet = np.minimum(np.sqrt(2.0 * t * need / ((n - t + 1) * spread)), limit)
+            count = prior + t - 1.0
+            bet = np.minimum(np.sqrt(2.0 * count * need / ((n - t + 1) * spread)), limit)
             step = row - levels
             wealth = wealth + np.log(np.maximum(1.0 - bet * step, 0.0))
             peak = np.fmax(peak, wealth)
@@ -216,18 +233,19 @@ def _star_peak(scaled: Array, levels: Array, delta: float) -> Array:
     return peak
 
 
-def _star_peak_scalar(column: list[float], level: float, delta: float) -> float:
+def _star_peak_scalar(column: list[float], level: float, delta: float, prior: float) -> float:
     """Twin of `_star_peak` for one column: plain floats are ten times faster than arrays."""
     n = len(column)
     target = -math.log(delta)
     limit = 1.0 / (1.0 - level)
     wealth = peak = 0.0
-    spread = level * (1.0 - level)
+    spread = prior * level * (1.0 - level)
     for t, loss in enumerate(column, start=1):
         need = target - wealth
         if need <= 0.0:
             break
-        bet = min(math.sqrt(2.0 * t * need / ((n - t + 1) * spread)), limit)
+        count = prior + t - 1.0
+        bet = min(math.sqrt(2.0 * count * need / ((n - t + 1) * spread)), limit)
         step = loss - level
         factor = 1.0 - bet * step
         if factor <= 0.0:
@@ -238,9 +256,13 @@ def _star_peak_scalar(column: list[float], level: float, delta: float) -> float:
     return peak
 
 
-def _grid_upper_bound(
+def grid_upper_bound(
     scaled: Array, upper: float, delta: float, peak: Callable[[Array, Array], Array]
 ) -> Array:
+    """Return the bound of `agrapa_upper_bound` for any largest-log-wealth function.
+
+    `peak(column [n, 1], levels [m]) -> [m]` must be a test of every mean above the level.
+    """
     levels = np.arange(1, _GRID) / _GRID
     out = np.empty(scaled.shape[1])
     for j in range(scaled.shape[1]):

@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptive.calibration._bet_tests import PredictableBets, TargetBets
 from adaptive.calibration._certificate import Certificate
 from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
 from adaptive.calibration._losses import LossColumns, Losses, loss_columns
-from adaptive.calibration._methods import (
-    TESTS,
-    AbstractRiskTest,
-    PredictableBets,
-    TargetBets,
-    choose_test,
-)
+from adaptive.calibration._methods import TESTS, choose_test
 from adaptive.calibration._planning import minimum_units
+from adaptive.calibration._risk_test import AbstractRiskTest
 from adaptive.calibration._testing import Tested, mask_of, walk_fixed_sequence
 from adaptive.calibration._validation import (
     Rng,
@@ -469,6 +465,8 @@ def _notes(examiner: _Examiner, tested: Tested, index: int | None) -> tuple[str,
 
 def _why_not(examiner: _Examiner, tested: Tested, i: int) -> str:
     source, test, n = examiner.sources[i], examiner.tests[i], examiner.n_units
+    if test.asymptotic:
+        return f"The {test.name} test was not passed by column {tested.visited[0]}, the first."
     level = max(tested.levels.values())
     least = minimum_units(
         source.risk, level, method=test, loss_type=source.test_type, bound=source.bound

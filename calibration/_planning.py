@@ -9,8 +9,10 @@ import numpy as np
 from scipy import stats
 
 from adaptive.calibration._binomial import binomial_log_p
-from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._methods import AbstractRiskTest, ExactBinomial, choose_test
+from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
+from adaptive.calibration._methods import choose_test
+from adaptive.calibration._risk_test import AbstractRiskTest
+from adaptive.calibration._sum_tests import ExactBinomial
 from adaptive.calibration._validation import (
     Rng,
     as_generator,
@@ -50,6 +52,11 @@ def minimum_units(
     -------
     int
 
+    Raises
+    ------
+    UnsupportedError
+        For an asymptotic test: without spread it has no p-value.
+
     Examples
     --------
     >>> minimum_units(0.05, 0.05, loss_type="binary")
@@ -59,6 +66,8 @@ def minimum_units(
     check_probability("delta", delta)
     check_choice("loss_type", loss_type, ("bounded", "binary"))
     scaled = level / upper
+    if choose_test(method, loss_type=loss_type, n_units=1, fixed_level=True).asymptotic:
+        raise UnsupportedError("an asymptotic test has no least number of units")
 
     def certified(n: int) -> bool:
         test = choose_test(method, loss_type=loss_type, n_units=n, fixed_level=True)

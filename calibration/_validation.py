@@ -27,7 +27,7 @@ def check_number(name: str, value: object) -> float:
     """Return `value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.number):
         raise InvalidTypeError(name, value, "a real number")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not math.isfinite(number):
         raise InvalidArgumentError(name, value, "finite")
     return number

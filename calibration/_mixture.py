@@ -1,0 +1,240 @@
+"""Mixtures of bets: order plays no part, and a histogram of the losses is all they need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from adaptive.calibration._betting import grid_upper_bound, scale_losses
+from adaptive.calibration._binomial import log_betainc
+from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._validation import (
+    check_count,
+    check_number,
+    check_positive,
+    check_probability,
+    check_risk,
+    float_matrix,
+    require_at_most,
+)
+
+Array = NDArray[np.float64]
+_FRACTIONS = np.geomspace(0.01, 0.99, 24)
+
+
+def constant_bet_log_wealth(
+    losses: ArrayLike, *, bet: float, risk: float, bound: float = 1.0
+) -> Array:
+    r"""Log wealth of one constant bet: :math:`\sum_i \ln(1 - \nu (L_i - r) / B)`.
+
+    Parameters
+    ----------
+    losses : array_like of float, [n_units, n_columns] or [n_units]
+        Losses of at most `bound`; negative values welcome.
+    bet : float
+        The bet in units of the bound, in [0, 1 / (1 - risk / bound)].
+    risk, bound : float
+        Level and declared upper bound.
+
+    Returns
+    -------
+    ndarray of float64, [n_columns]
+        The exponential of which is an e-value for H: E L > risk; the units' order is irrelevant.
+    """
+    level, upper = check_risk(risk, bound)
+    scaled, _ = scale_losses(losses, upper)
+    level /= upper
+    if not 0.0 <= check_number("bet", bet) <= 1.0 / (1.0 - level):
+        raise InvalidArgumentError("bet", bet, f"in [0, {1.0 / (1.0 - level):g}]")
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(np.maximum(1.0 - bet * (scaled - level), 0.0)).sum(axis=0))
+
+
+def mixture_log_p(losses: ArrayLike, *, risk: float, bound: float = 1.0) -> Array:
+    r"""Log p-value of H: E L > risk by a uniform mixture of 24 constant bets.
+
+    .. math:: E = \frac{1}{G} \sum_g \prod_i (1 - \nu_g (L_i - m)), \quad p = \min(1, 1/E)
+
+    with the bets a fixed geometric grid of fractions of the largest bet 1/(1-m). Invariant under
+    permutation of the units, and valid at every stopping time (Ville's inequality).
+
+    Parameters and result as `constant_bet_log_wealth`, of which this is the mixture; the result
+    is ln p, at most 0.
+
+    References
+    ----------
+    Waudby-Smith and Ramdas (2024), doi:10.1093/jrsssb/qkad009, section 4.
+    """
+    level, upper = check_risk(risk, bound)
+    scaled, _ = scale_losses(losses, upper)
+    ones = np.ones((1, scaled.shape[0]))
+    levels = np.array([level / upper])
+    peak = [_mixture(column, ones, levels)[0, 0] for column in scaled.T]
+    return np.asarray(-np.maximum(np.array(peak), 0.0))
+
+
+def mixture_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
+    """Upper confidence bound on E L by the mixture, on a grid of 1000 steps of `bound`.
+
+    Valid as `agrapa_upper_bound` is; parameters and result as `wsr_upper_bound`.
+    """
+    check_probability("delta", delta)
+    scaled, upper = scale_losses(losses, bound)
+
+    def peak(column: Array, levels: Array) -> Array:
+        return _mixture(column[:, 0], np.ones((1, column.shape[0])), levels)[:, 0]
+
+    return grid_upper_bound(scaled, upper, delta, peak)
+
+
+@dataclass(frozen=True)
+class LossHistogram:
+    """Counts of losses rounded up to a grid: a mergeable, streaming summary for the mixture test.
+
+    Rounding up never lowers a loss, so evidence from the counts is valid for the losses
+    themselves; memory is bins x columns however many units there are.
+
+    Parameters
+    ----------
+    low, bound : float
+        Ends of the grid; losses below `low` count as `low`, losses above `bound` are an error.
+    counts : ndarray of int64, [n_bins + 1, n_columns]
+        Units per grid value, from `low` up to `bound` in equal steps.
+
+    Examples
+    --------
+    >>> first = LossHistogram.of(np.zeros((60, 2)), bins=100)
+    >>> second = LossHistogram.of(np.full((40, 2), 0.013), bins=100)
+    >>> both = first.merge(second)
+    >>> both.n_units, float(np.exp(both.log_p_values(risk=0.1))[0].round(6))
+    (100, 0.001245)
+    """
+
+    low: float
+    bound: float
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, losses: ArrayLike, *, bins: int = 1000, low: float = 0.0, bound: float = 1.0
+    ) -> LossHistogram:
+        """Count losses [n_units, n_columns] on a grid of `bins` equal steps."""
+        matrix = float_matrix("losses", losses)
+        upper = check_positive("bound", bound)
+        steps = check_count("bins", bins)
+        if not check_number("low", low) < upper:
+            raise InvalidArgumentError("low", low, f"below `bound` = {upper:g}")
+        require_at_most("losses", matrix, upper)
+        place = np.ceil((np.maximum(matrix, low) - low) / (upper - low) * steps).astype(np.intp)
+        grid = low + (upper - low) * np.arange(steps + 1) / steps
+        place = np.minimum(place + (grid[np.minimum(place, steps)] < matrix), steps)
+        width = matrix.shape[1]
+        flat = np.bincount(
+            (place * width + np.arange(width)).ravel(), minlength=(steps + 1) * width
+        )
+        return cls(float(low), upper, flat.reshape(steps + 1, width))
+
+    @property
+    def n_units(self) -> int:
+        """Units counted."""
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def grid(self) -> Array:
+        """Loss values [n_bins + 1] that the counts stand for."""
+        steps = self.counts.shape[0] - 1
+        return np.asarray(self.low + (self.bound - self.low) * np.arange(steps + 1) / steps)
+
+    def merge(self, other: LossHistogram) -> LossHistogram:
+        """Return the histogram of both sets of units."""
+        same = (self.low, self.bound, self.counts.shape) == (
+            other.low,
+            other.bound,
+            other.counts.shape,
+        )
+        if not same:
+            raise InvalidArgumentError("other", "another grid", "a histogram on the same grid")
+        return LossHistogram(self.low, self.bound, self.counts + other.counts)
+
+    def log_p_values(self, *, risk: float) -> Array:
+        """Return ln p [n_columns] of H: E L > risk by the mixture of constant bets."""
+        level, upper = check_risk(risk, self.bound)
+        weights = self.counts.T.astype(np.float64)
+        log_e = _mixture(self.grid / upper, weights, np.array([level / upper]))
+        return np.asarray(-np.maximum(log_e[0], 0.0))
+
+
+def beta_mixture_log_p(
+    errors: ArrayLike,
+    n_units: ArrayLike,
+    *,
+    risk: ArrayLike,
+    prior: tuple[float, float] = (1.0, 1.0),
+) -> Array:
+    r"""Anytime-valid log p-value of H: P(error) > risk for 0/1 losses, by a truncated Beta prior.
+
+    The likelihood ratio of rates q < m against m, averaged over a Beta(a, b) prior cut at m:
+
+    .. math:: \ln E = \ln B(k{+}a, n{-}k{+}b) + \ln I_m(k{+}a, n{-}k{+}b) - \ln B(a, b)
+        - \ln I_m(a, b) - k \ln m - (n{-}k) \ln(1 - m)
+
+    Parameters
+    ----------
+    errors, n_units : array_like of int
+        Counts after any number of units, at any stopping time.
+    risk : array_like of float
+        Level m in (0, 1).
+    prior : tuple of float
+        Shapes (a, b) of the Beta prior.
+
+    Returns
+    -------
+    ndarray of float64
+        ln p = min(0, -ln E), broadcast shape.
+
+    References
+    ----------
+    Robbins (1970), doi:10.1214/aoms/1177696786 (method of mixtures).
+
+    Examples
+    --------
+    >>> float(-beta_mixture_log_p(0, 100, risk=0.05).round(6))
+    3.504301
+    """
+    log_e = beta_mixture_log_wealth(errors, n_units, risk=risk, prior=prior)
+    return np.minimum(-log_e, 0.0)
+
+
+def beta_mixture_log_wealth(
+    errors: ArrayLike,
+    n_units: ArrayLike,
+    *,
+    risk: ArrayLike,
+    prior: tuple[float, float] = (1.0, 1.0),
+) -> Array:
+    """Log e-value of `beta_mixture_log_p`, which may be negative; parameters as there."""
+    a, b = (check_positive("prior", shape) for shape in prior)
+    k, n, m = np.broadcast_arrays(
+        *(np.asarray(v, dtype=np.float64) for v in (errors, n_units, risk))
+    )
+    if not ((m > 0.0) & (m < 1.0)).all():
+        raise InvalidArgumentError("risk", risk, "in (0, 1)")
+    if not ((k >= 0) & (k <= n) & (k == np.floor(k)) & (n == np.floor(n))).all():
+        raise InvalidArgumentError("errors", errors, "whole numbers between 0 and `n_units`")
+    posterior = special.betaln(k + a, n - k + b) + log_betainc(k + a, n - k + b, m)
+    start = special.betaln(a, b) + log_betainc(a, b, m)
+    return np.asarray(posterior - start - k * np.log(m) - (n - k) * np.log1p(-m))
+
+
+def _mixture(values: Array, weights: Array, levels: Array) -> Array:
+    """Log e-value [level, column] of losses `values` [v] taken `weights` [column, v] times."""
+    out = np.empty((levels.size, weights.shape[0]))
+    for i, level in enumerate(levels):
+        bets = _FRACTIONS / (1.0 - level)
+        gains = np.log1p(-bets * (values[:, None] - level))
+        out[i] = special.logsumexp(weights @ gains, axis=1) - math.log(bets.size)
+    return out

@@ -7,6 +7,14 @@ from adaptive.calibration._bernstein import (
     normal_upper_bound,
 )
 from adaptive.calibration._bet_tests import GrowthBets, MixtureBets, PredictableBets, TargetBets
+from adaptive.calibration._beta_mixture import (
+    BetaMixture,
+    beta_from_likelihood,
+    beta_from_moments,
+    fit_beta_mixture,
+    fit_labelled_mixture,
+    maximise_beta_mixture,
+)
 from adaptive.calibration._betting import (
     agrapa_log_p,
     agrapa_upper_bound,
@@ -22,6 +30,11 @@ from adaptive.calibration._binomial import (
     ratio_log_p,
 )
 from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._conformal import (
+    ConformalResult,
+    conformal_minimum_units,
+    conformal_risk_control,
+)
 from adaptive.calibration._control import RiskControlResult, control_risk
 from adaptive.calibration._errors import (
     AdaptiveError,
@@ -30,6 +43,18 @@ from adaptive.calibration._errors import (
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedError,
+)
+from adaptive.calibration._exit_rates import (
+    consistency_threshold,
+    exit_rate_rank,
+    exit_rate_threshold,
+    marginal_thresholds,
+    survivor_thresholds,
+)
+from adaptive.calibration._halting import (
+    HaltTimeResult,
+    certify_halting,
+    screen_halting,
 )
 from adaptive.calibration._hoeffding import (
     bentkus_log_p,
@@ -50,6 +75,33 @@ from adaptive.calibration._mixture import (
     mixture_upper_bound,
 )
 from adaptive.calibration._planning import minimum_units, plan_units
+from adaptive.calibration._probability import (
+    BetaCalibration,
+    Histogram,
+    Isotonic,
+    Platt,
+    Temperature,
+    fit_beta_calibration,
+    fit_histogram,
+    fit_isotonic,
+    fit_platt,
+    fit_temperature,
+)
+from adaptive.calibration._procedures import (
+    AbstractProcedure,
+    Bonferroni,
+    FixedSequence,
+    Graph,
+    Holm,
+    UpperBoundWalk,
+)
+from adaptive.calibration._reliability import (
+    ReliabilityCurve,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability_curve,
+)
 from adaptive.calibration._risk_curve import (
     DepartureCurve,
     RiskCurve,
@@ -67,69 +119,109 @@ from adaptive.calibration._sum_tests import (
     MaurerPontil,
     NormalApproximation,
 )
-from adaptive.calibration._testing import fixed_sequence
+from adaptive.calibration._testing import bonferroni, fixed_sequence, graphical, holm
 from adaptive.calibration._trace import Trace
 from adaptive.calibration._trace_io import load_trace, save_trace
 
 __all__ = [
+    "AbstractProcedure",
     "AbstractRiskTest",
     "AdaptiveError",
     "Bentkus",
+    "BetaCalibration",
     "BetaMixture",
+    "Bonferroni",
     "Certificate",
     "CertificateError",
     "CertificateMismatchError",
+    "ConformalResult",
     "DepartureCurve",
     "ExactBinomial",
+    "FixedSequence",
+    "Graph",
     "GrowthBets",
+    "HaltTimeResult",
+    "Histogram",
     "HoeffdingBentkus",
+    "Holm",
     "InvalidArgumentError",
     "InvalidTypeError",
+    "Isotonic",
     "KLHoeffding",
     "LossHistogram",
     "MaurerPontil",
     "MixtureBets",
     "NormalApproximation",
+    "Platt",
     "PredictableBets",
+    "ReliabilityCurve",
     "RiskControlResult",
     "RiskCurve",
     "TargetBets",
+    "Temperature",
     "Trace",
     "UnsupportedError",
+    "UpperBoundWalk",
     "agrapa_log_p",
     "agrapa_upper_bound",
     "bentkus_log_p",
     "bentkus_upper_bound",
+    "beta_from_likelihood",
+    "beta_from_moments",
     "beta_mixture_log_p",
     "beta_mixture_log_wealth",
     "binomial_log_p",
     "binomial_upper_bound",
+    "bonferroni",
+    "brier_score",
+    "certify_halting",
+    "conformal_minimum_units",
+    "conformal_risk_control",
+    "consistency_threshold",
     "constant_bet_log_wealth",
     "control_risk",
     "departure_curve",
+    "exit_rate_rank",
+    "exit_rate_threshold",
+    "expected_calibration_error",
+    "fit_beta_calibration",
+    "fit_beta_mixture",
+    "fit_histogram",
+    "fit_isotonic",
+    "fit_labelled_mixture",
+    "fit_platt",
+    "fit_temperature",
     "fixed_sequence",
+    "graphical",
     "hoeffding_bentkus_log_p",
     "hoeffding_bentkus_upper_bound",
     "hoeffding_log_p",
     "hoeffding_upper_bound",
+    "holm",
     "kl_hoeffding_log_p",
     "kl_hoeffding_upper_bound",
     "load_trace",
     "log_betainc",
+    "marginal_thresholds",
     "maurer_pontil_log_p",
     "maurer_pontil_upper_bound",
+    "maximise_beta_mixture",
     "minimum_units",
     "mixture_log_p",
     "mixture_upper_bound",
+    "negative_log_likelihood",
     "normal_log_p",
     "normal_upper_bound",
     "plan_units",
     "ratio_log_p",
+    "reliability_curve",
     "risk_curve",
     "save_trace",
+    "screen_halting",
     "star_log_p",
     "star_upper_bound",
     "stop_stages",
+    "survivor_thresholds",
     "wsr_log_p",
     "wsr_upper_bound",
 ]

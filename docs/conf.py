@@ -20,3 +20,7 @@ numpydoc_show_class_members = False
 
 html_theme = "furo"
 html_title = f"adaptive {release}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+default_role = "code"

@@ -8,7 +8,7 @@ from adaptive.calibration._bernstein import (
 )
 from adaptive.calibration._bet_tests import GrowthBets, MixtureBets, PredictableBets, TargetBets
 from adaptive.calibration._beta_mixture import (
-    BetaMixture,
+    BetaMixtureModel,
     beta_from_likelihood,
     beta_from_moments,
     fit_beta_mixture,
@@ -130,6 +130,7 @@ __all__ = [
     "Bentkus",
     "BetaCalibration",
     "BetaMixture",
+    "BetaMixtureModel",
     "Bonferroni",
     "Certificate",
     "CertificateError",

@@ -28,7 +28,7 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class BetaMixture:
+class BetaMixtureModel:
     r"""Density :math:`\sum_k w_k\, \mathrm{Beta}(x; a_k, b_k)`, components by increasing mean.
 
     Parameters
@@ -108,7 +108,7 @@ class BetaMixture:
 
         Examples
         --------
-        >>> mixture = BetaMixture((0.5, 0.5), (2.0, 8.0), (3.0, 2.0))
+        >>> mixture = BetaMixtureModel((0.5, 0.5), (2.0, 8.0), (3.0, 2.0))
         >>> round(mixture.crossing(0.4), 4)
         0.5961
         """
@@ -218,7 +218,7 @@ def fit_labelled_mixture(
     *,
     weights: ArrayLike | None = None,
     estimator: Estimator = beta_from_moments,
-) -> BetaMixture:
+) -> BetaMixtureModel:
     """Two-component mixture where the component of each value is known.
 
     Parameters
@@ -232,7 +232,7 @@ def fit_labelled_mixture(
 
     Returns
     -------
-    BetaMixture
+    BetaMixtureModel
         Components in the order of the labels, 0 then 1, with mixing weights their shares. A label
         without values has weight 0 and the uniform density.
     """
@@ -251,9 +251,9 @@ def fit_beta_mixture(
     n_components: int = 2,
     weights: ArrayLike | None = None,
     estimator: Estimator = beta_from_moments,
-    start: BetaMixture | None = None,
+    start: BetaMixtureModel | None = None,
     tolerance: float = 1e-8,
-) -> BetaMixture:
+) -> BetaMixtureModel:
     """Mixture fitted to unlabelled values by expectation-maximisation.
 
     Parameters
@@ -266,14 +266,14 @@ def fit_beta_mixture(
     estimator : callable
         The M-step: `beta_from_moments`, fast, whose likelihood need not increase at every step,
         or `beta_from_likelihood`, EM proper.
-    start : BetaMixture, optional
+    start : BetaMixtureModel, optional
         Where to begin; by default the values are cut into equal parts by rank.
     tolerance : float
         Stop when the mean log likelihood changes by less; at most 200 steps are taken.
 
     Returns
     -------
-    BetaMixture
+    BetaMixtureModel
         Sorted by mean. A component that loses all its weight stays, with weight 0 and the uniform
         density; ties give the capped concentration of `beta_from_moments`. Never NaN.
 
@@ -305,8 +305,8 @@ def fit_beta_mixture(
 
 
 def maximise_beta_mixture(
-    values: ArrayLike, *, start: BetaMixture, weights: ArrayLike | None = None
-) -> BetaMixture:
+    values: ArrayLike, *, start: BetaMixtureModel, weights: ArrayLike | None = None
+) -> BetaMixtureModel:
     """Mixture of locally greatest weighted likelihood, by quasi-Newton steps from `start`.
 
     Converges in tens of steps where EM needs thousands. Usual start: `fit_beta_mixture`.
@@ -315,12 +315,12 @@ def maximise_beta_mixture(
     ----------
     values, weights
         As in `fit_beta_mixture`.
-    start : BetaMixture
+    start : BetaMixtureModel
         Components of weight 0 are left out.
 
     Returns
     -------
-    BetaMixture
+    BetaMixtureModel
         Sorted by mean, with shapes kept in [1e-4, 3e6]; `start` itself if no step improves on it.
     """
     x, w = _checked(values, weights)
@@ -330,10 +330,10 @@ def maximise_beta_mixture(
     logs = np.stack([np.log(x), np.log1p(-x)])
     alive = np.flatnonzero(np.asarray(start.weights) > 0.0)
 
-    def unpack(point: Array) -> BetaMixture:
+    def unpack(point: Array) -> BetaMixtureModel:
         shapes = np.exp(np.clip(point[: 2 * alive.size].reshape(2, -1), -9.0, 15.0))
         mixing = special.softmax(point[2 * alive.size :])
-        return BetaMixture(*(tuple(row.tolist()) for row in (mixing, *shapes)))
+        return BetaMixtureModel(*(tuple(row.tolist()) for row in (mixing, *shapes)))
 
     def objective(point: Array) -> tuple[float, Array]:
         mixture = unpack(point)
@@ -358,7 +358,7 @@ def clipped_unit_interval(name: str, values: ArrayLike) -> Array:
     return np.clip(x, CLIP, 1.0 - CLIP)
 
 
-def _responsibilities(mixture: BetaMixture, x: Array) -> tuple[Array, Array]:
+def _responsibilities(mixture: BetaMixtureModel, x: Array) -> tuple[Array, Array]:
     """Posterior of each component [n_components, n] and log density of the mixture [n]."""
     logs = mixture._joint(x)
     log_density = np.logaddexp.reduce(logs, axis=0)
@@ -366,17 +366,17 @@ def _responsibilities(mixture: BetaMixture, x: Array) -> tuple[Array, Array]:
     return shares, log_density
 
 
-def _sorted(mixture: BetaMixture) -> BetaMixture:
+def _sorted(mixture: BetaMixtureModel) -> BetaMixtureModel:
     order = np.argsort(mixture.means, kind="stable")
-    return BetaMixture(
+    return BetaMixtureModel(
         *(tuple(getattr(mixture, name)[k] for k in order) for name in ("weights", "alpha", "beta"))
     )
 
 
-def _mixture(totals: Array, shapes: list[tuple[float, float]]) -> BetaMixture:
+def _mixture(totals: Array, shapes: list[tuple[float, float]]) -> BetaMixtureModel:
     share = totals / totals.sum()
     alpha, beta = zip(*shapes, strict=True)
-    return BetaMixture(tuple(share.tolist()), tuple(alpha), tuple(beta))
+    return BetaMixtureModel(tuple(share.tolist()), tuple(alpha), tuple(beta))
 
 
 def _negative_log_likelihood(log_shapes: Array, target: Array) -> tuple[float, Array]:

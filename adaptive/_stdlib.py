@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,9 @@ from adaptive.calibration import InvalidArgumentError
 HELD_OUT_PERCENT = 40
 """Modules whose name hashes below this many hundredths are held out."""
 
-_SKIPPED_PACKAGES = frozenset(
+_SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "lib-dynload", "encodings", "pydoc_data", "__phello__"}
+    | {"data", "__pycache__"}
 )
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
@@ -130,7 +133,7 @@ def stdlib_modules(root: Path | None = None) -> list[Module]:
     base = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not base.is_dir():
         raise InvalidArgumentError("root", root, "an existing folder with Python sources")
-    found = (_module(path, base) for path in base.rglob("*.py"))
+    found = (_module(path, base) for path in _files(base))
     return sorted((m for m in found if m is not None), key=lambda module: module.name)
 
 
@@ -189,12 +192,7 @@ def held_out_functions(
     """
     if not 4 <= minimum_lines <= maximum_lines:
         raise InvalidArgumentError("minimum_lines", minimum_lines, "in [4, maximum_lines]")
-    pool: dict[str, FunctionPrompt] = {}
-    for module in stdlib_modules(root):
-        if module.held_out and not module.is_test:
-            for prompt in _functions(module, minimum_lines, maximum_lines):
-                pool.setdefault(prompt.text, prompt)
-    prompts = list(pool.values())
+    prompts = _pool(root, minimum_lines, maximum_lines)
     if n is not None and not 0 <= n <= len(prompts):
         raise InvalidArgumentError("n", n, f"between 0 and the pool's {len(prompts)} functions")
     return [prompts[i] for i in rng.permutation(len(prompts))[:n]]
@@ -227,13 +225,25 @@ def _hashes_low(key: str) -> bool:
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
+def _files(base: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(base):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+
+
+@lru_cache(maxsize=4)
+def _pool(root: Path | None, minimum: int, maximum: int) -> tuple[FunctionPrompt, ...]:
+    pool: dict[str, FunctionPrompt] = {}
+    for module in stdlib_modules(root):
+        if module.held_out and not module.is_test:
+            for prompt in _functions(module, minimum, maximum):
+                pool.setdefault(prompt.text, prompt)
+    return tuple(pool.values())
+
+
 def _module(path: Path, base: Path) -> Module | None:
     parts = list(path.relative_to(base).with_suffix("").parts)
-    if not _SKIPPED_PACKAGES.isdisjoint(parts) or parts[0].startswith(
-        ("config-", "_sysconfigdata")
-    ):
-        return None
-    if parts[-1].startswith(("bad", "_bad")) or "data" in parts:
+    if parts[0].startswith(("config-", "_sysconfigdata")) or parts[-1].startswith("bad"):
         return None
     is_test = not _TEST_FOLDERS.isdisjoint(parts[:-1])
     if parts[-1] == "__init__":
@@ -268,7 +278,7 @@ def _functions(module: Module, minimum: int, maximum: int) -> Iterator[FunctionP
                 continue
             first, last = child.lineno, child.end_lineno or child.lineno
             if minimum <= last - first + 1 <= maximum:
-                text = "\n".join(lines[first - 1 : _cut(child, last)])
+                text = "\n".join(lines[first - 1 : _cut(child, last)]).rstrip()
                 yield FunctionPrompt(text=text, module=module.name, qualname=qualname)
 
 

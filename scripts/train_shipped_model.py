@@ -50,6 +50,7 @@ def main() -> None:
 
 VOCABULARY = 4096
 BLOCK = 512
+CHECKPOINT_SECONDS = 300
 SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>")
 
 
@@ -229,72 +230,84 @@ def losses(
     return full, exit_
 
 
-def work(rank: int, recipe: Recipe, run: Path, port: int) -> None:
-    """One worker of a run: its rows of every step; gradients are averaged over the workers."""
-    torch.set_num_threads(1)
+@dataclass(frozen=True)
+class Learner:
+    """Model, optimisers, and all gradients in one row so that workers can average them."""
+
+    model: LlamaForCausalLM
+    muon: Muon
+    adam: torch.optim.AdamW
+    gradients: torch.Tensor
+
+
+def make_learner(recipe: Recipe) -> Learner:
+    """Start from the seed: the same weights in every worker."""
     torch.manual_seed(recipe.seed)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=recipe.workers)
     model = LlamaForCausalLM(model_config())
-    flat = torch.zeros(sum(p.numel() for p in model.parameters()))
+    gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
     start = 0
     for parameter in model.parameters():
-        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+        parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(hidden, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    first = resume(run, recipe, model, muon, adam)
+    return Learner(model=model, muon=muon, adam=adam, gradients=gradients)
+
+
+def backward(
+    learner: Learner, recipe: Recipe, *, stream: np.ndarray, step: int, rank: int
+) -> dict[str, float]:
+    """Fill this worker's gradients with its rows of the step."""
+    first = (step * recipe.workers + rank) * recipe.rows
+    tokens = blocks(stream, range(first, first + recipe.rows), seed=recipe.seed)
+    rng = np.random.default_rng([recipe.seed, step, rank])
+    layer = int(rng.integers(1, learner.model.config.num_hidden_layers))
+    targets = BLOCK - 1
+    positions = rng.choice(targets, size=round(targets * recipe.exit_positions), replace=False)
+    learner.gradients.zero_()
+    full, early = losses(
+        learner.model, tokens, layer=layer, positions=torch.from_numpy(np.sort(positions))
+    )
+    ramp = min(1.0, step / (2 * recipe.warmup))
+    (full + ramp * recipe.exit_weight * early).backward()
+    return {"loss": float(full.detach()), "layer": layer, "exit_loss": float(early.detach())}
+
+
+def update(learner: Learner, recipe: Recipe, *, step: int) -> dict[str, float]:
+    """Average and clip the gradients, and take the step."""
+    dist.all_reduce(learner.gradients)
+    learner.gradients.div_(recipe.workers)
+    norm = float(learner.gradients.norm())
+    learner.gradients.mul_(min(1.0, recipe.clip / (norm + 1e-6)))
+    rate = recipe.learning_rate * recipe.rate(step)
+    learner.muon.step(rate=rate)
+    learner.adam.param_groups[0]["lr"] = rate
+    learner.adam.step()
+    return {"norm": norm, "rate": rate}
+
+
+def work(rank: int, recipe: Recipe, run: Path, port: int) -> None:
+    """One worker of a run; the first one also keeps the diary and the checkpoints."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=recipe.workers)
+    learner = make_learner(recipe)
+    first = resume(run, recipe, learner)
     stream = np.load(run / "stream.npy", mmap_mode="r")
     saved = time.monotonic()
-    bar = tqdm(
-        range(first, recipe.steps),
-        initial=first,
-        total=recipe.steps,
-        mininterval=20,
-        disable=rank > 0,
-    )
-    for step in bar:
-        rng = np.random.default_rng([recipe.seed, step, rank])
-        tokens = blocks(
-            stream,
-            range(
-                (step * recipe.workers + rank) * recipe.rows,
-                (step * recipe.workers + rank + 1) * recipe.rows,
-            ),
-            seed=recipe.seed,
-        )
-        layer = int(rng.integers(1, model.config.num_hidden_layers))
-        width = BLOCK - 1
-        positions = rng.choice(width, size=round(width * recipe.exit_positions), replace=False)
-        flat.zero_()
-        full, early = losses(
-            model, tokens, layer=layer, positions=torch.from_numpy(np.sort(positions))
-        )
-        ramp = min(1.0, step / (2 * recipe.warmup))
-        (full + ramp * recipe.exit_weight * early).backward()
-        dist.all_reduce(flat)
-        flat.div_(recipe.workers)
-        norm = float(flat.norm())
-        flat.mul_(min(1.0, recipe.clip / (norm + 1e-6)))
-        rate = recipe.learning_rate * recipe.rate(step)
-        muon.step(rate=rate)
-        adam.param_groups[0]["lr"] = rate
-        adam.step()
-        if rank == 0:
-            log(
-                run,
-                step=step,
-                loss=float(full.detach()),
-                layer=layer,
-                exit_loss=float(early.detach()),
-                norm=norm,
-                rate=rate,
-            )
-            if time.monotonic() - saved > 300 or step + 1 == recipe.steps:
-                save(run, recipe, model, muon, adam, step=step + 1)
-                saved = time.monotonic()
+    for step in tqdm(
+        range(first, recipe.steps), initial=first, total=recipe.steps, disable=rank > 0
+    ):
+        record = backward(learner, recipe, stream=stream, step=step, rank=rank)
+        record |= update(learner, recipe, step=step)
+        if rank > 0:
+            continue
+        log(run, step=step, **record)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == recipe.steps:
+            save(run, recipe, learner, step=step + 1)
+            saved = time.monotonic()
     dist.destroy_process_group()
 
 
@@ -304,22 +317,14 @@ def log(run: Path, **record: float) -> None:
         file.write(json.dumps(record | {"time": round(time.time(), 1)}) + "\n")
 
 
-def save(
-    run: Path,
-    recipe: Recipe,
-    model: LlamaForCausalLM,
-    muon: Muon,
-    adam: torch.optim.AdamW,
-    *,
-    step: int,
-) -> None:
+def save(run: Path, recipe: Recipe, learner: Learner, *, step: int) -> None:
     """Checkpoint, atomically; the last one before the decay is kept beside it."""
     state = {
         "step": step,
         "recipe": asdict(recipe),
-        "model": model.state_dict(),
-        "muon": muon.momenta,
-        "adam": adam.state_dict(),
+        "model": learner.model.state_dict(),
+        "muon": learner.muon.momenta,
+        "adam": learner.adam.state_dict(),
     }
     names = ["last.pt"] if step > recipe.steps - recipe.decay_steps else ["last.pt", "flat.pt"]
     for name in names:
@@ -327,21 +332,18 @@ def save(
         (run / "partial.pt").replace(run / name)
 
 
-def resume(
-    run: Path, recipe: Recipe, model: LlamaForCausalLM, muon: Muon, adam: torch.optim.AdamW
-) -> int:
+def resume(run: Path, recipe: Recipe, learner: Learner) -> int:
     """Load the newest checkpoint that lies on this recipe's schedule; the step to go on with."""
     for name in ("last.pt", "flat.pt"):
         if not (run / name).exists():
             continue
         state = torch.load(run / name, weights_only=True)
         old = Recipe(**state["recipe"])
-        decayed = state["step"] > old.steps - old.decay_steps
-        if decayed and old.steps != recipe.steps:
+        if state["step"] > old.steps - old.decay_steps and old.steps != recipe.steps:
             continue
-        model.load_state_dict(state["model"])
-        muon.momenta = state["muon"]
-        adam.load_state_dict(state["adam"])
+        learner.model.load_state_dict(state["model"])
+        learner.muon.momenta = state["muon"]
+        learner.adam.load_state_dict(state["adam"])
         return int(state["step"])
     return 0
 

@@ -1,5 +1,13 @@
 """Scores and stopping rules on torch tensors: any device, batched, state in and state out."""
 
+from adaptive.policies._agreement_target import agreement_thresholds, certified_agreement_thresholds
+from adaptive.policies._allocators import (
+    exponential_weights,
+    geometric_allocation,
+    geometric_rates,
+    linear_programme,
+    two_stage_allocation,
+)
 from adaptive.policies._base import (
     FEATURES,
     AbstractRule,
@@ -9,6 +17,18 @@ from adaptive.policies._base import (
     Scope,
     State,
 )
+from adaptive.policies._batch import AllRows, LeastScore
+from adaptive.policies._beta_mixture import BetaMixtureThreshold, BetaMixtureTracker
+from adaptive.policies._budget import budget_thresholds, inflated_thresholds
+from adaptive.policies._calm import (
+    calm_policy,
+    risk_consistency,
+    rouge_l_distance,
+    textual_consistency,
+    token_f1_distance,
+)
+from adaptive.policies._combinators import AllOf, AnyOf, Protected, TwoSided, Veto, Within
+from adaptive.policies._fixed import FixedStage, RandomStage, SkipDecode
 from adaptive.policies._gates import HaltingGate, LinearGate, RecurrentGate, StatisticsGate
 from adaptive.policies._halting import (
     QuantileExit,
@@ -20,6 +40,7 @@ from adaptive.policies._halting import (
 )
 from adaptive.policies._noise import keyed_noise, unit_keys
 from adaptive.policies._optimal_stopping import OptimalStopping
+from adaptive.policies._oracle import oracle_stages, regret
 from adaptive.policies._patience import (
     AccumulatedConfidence,
     Patience,
@@ -60,7 +81,12 @@ __all__ = [
     "AbstractScore",
     "AbstractStatisticRule",
     "AccumulatedConfidence",
+    "AllOf",
+    "AllRows",
+    "AnyOf",
     "BetaMajority",
+    "BetaMixtureThreshold",
+    "BetaMixtureTracker",
     "Calibrated",
     "Concentration",
     "Decay",
@@ -68,7 +94,9 @@ __all__ = [
     "Energy",
     "EvidenceProcess",
     "Features",
+    "FixedStage",
     "HaltingGate",
+    "LeastScore",
     "LinearGate",
     "LogitMargin",
     "Margin",
@@ -83,13 +111,16 @@ __all__ = [
     "Phases",
     "Policy",
     "ProbeScore",
+    "Protected",
     "QuantileExit",
+    "RandomStage",
     "RecurrentGate",
     "SampledExit",
     "Saturation",
     "ScheduledThreshold",
     "Scope",
     "SequentialRatio",
+    "SkipDecode",
     "State",
     "StatisticsGate",
     "Steadiness",
@@ -97,21 +128,40 @@ __all__ = [
     "Threshold",
     "ThresholdTable",
     "TruncatedSumExit",
+    "TwoSided",
     "ValuePatience",
+    "Veto",
     "VoteShare",
     "WindowedPatience",
+    "Within",
+    "agreement_thresholds",
     "beta_table",
+    "budget_thresholds",
+    "calm_policy",
+    "certified_agreement_thresholds",
     "decaying_vocabulary",
     "exit_stages",
     "expected_readout",
+    "exponential_weights",
     "fit_temperatures",
+    "geometric_allocation",
+    "geometric_rates",
     "halting_distribution",
     "histogram_table",
+    "inflated_thresholds",
     "isotonic_table",
     "keyed_noise",
+    "linear_programme",
     "members",
+    "oracle_stages",
     "platt_table",
+    "regret",
+    "risk_consistency",
+    "rouge_l_distance",
+    "textual_consistency",
+    "token_f1_distance",
     "truncated_distribution",
+    "two_stage_allocation",
     "unit_keys",
     "wald_boundaries",
 ]

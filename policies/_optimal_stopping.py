@@ -81,20 +81,16 @@ class OptimalStopping(AbstractRule):
             raise InvalidArgumentError("n_bins", n_bins, "an integer >= 2")
         harm = np.asarray(trace.losses[loss], dtype=np.float64)
         edges = [equal_mass_edges(s, n_bins=n_bins) for s in np.asarray(trace.scores).T]
-        bins = np.stack(
-            [
-                np.searchsorted(e, s, side="right")
-                for e, s in zip(edges, trace.scores.T, strict=True)
-            ]
-        )
+        pairs = zip(edges, np.asarray(trace.scores).T, strict=True)
+        bins = [np.searchsorted(edge, score, side="right") for edge, score in pairs]
         expected, moves = [], []
         for stage, here in enumerate(bins):
             count = np.bincount(here, minlength=n_bins) + 1.0
             expected.append((np.bincount(here, harm[:, stage], minlength=n_bins) + 1.0) / count)
             if stage + 1 < len(bins):
-                pairs = np.full((n_bins, n_bins), 1.0 / n_bins)
-                np.add.at(pairs, (here, bins[stage + 1]), 1.0)
-                moves.append(pairs / pairs.sum(axis=1, keepdims=True))
+                moved = np.full((n_bins, n_bins), 1.0 / n_bins)
+                np.add.at(moved, (here, bins[stage + 1]), 1.0)
+                moves.append(moved / moved.sum(axis=1, keepdims=True))
         return cls(
             edges=_rows(edges),
             losses=_rows(expected),

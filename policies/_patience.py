@@ -132,12 +132,12 @@ class WindowedPatience(AbstractStatisticRule):
         return {}
 
     def memory(self, batch_size: int, *, device: torch.device) -> State:
-        """The last answers, int64 [batch, window]; -1 where there is none yet."""
+        """Last answers, int64 [batch, window]; -1 where there is none yet."""
         size = (batch_size, self.window)
         return {"answers": torch.full(size, -1, dtype=torch.int64, device=device)}
 
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
-        """Number of equal answers in the window; minus infinity if none."""
+        """Count the equal answers in the window; minus infinity if none."""
         answer = needed(features.answer, "answer")[:, None]
         count = (state["answers"] == answer).sum(dim=1).float()
         new = torch.cat([state["answers"][:, 1:], answer], dim=1)

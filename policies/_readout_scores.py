@@ -167,7 +167,7 @@ class DynamicVocabulary(AbstractScore):
 
 
 def decaying_vocabulary(first: int, last: int, *, n_exits: int) -> tuple[int, ...]:
-    """Sizes ``max(last, first / (1 + (first - last) / last * i / n_exits))`` for exits i = 0, 1, ...
+    """Sizes ``max(last, first / (1 + (first - last) / last * i / n_exits))`` at exits ``i``.
 
     Examples
     --------

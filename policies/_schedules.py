@@ -45,7 +45,7 @@ class PerStage(AbstractSchedule):
 
 @dataclass(frozen=True)
 class Decay(AbstractSchedule):
-    """CALM's exponential decay in position: ``clip01(0.9 t + 0.1 t exp(-tau * position / length))``.
+    """CALM's decay in position: ``clip01(0.9 t + 0.1 t exp(-tau * position / length))``.
 
     Early tokens are held to a higher threshold, because what they get wrong is read by all later
     ones. For scores in [0, 1] and a base ``t`` in [0, 1].
@@ -111,7 +111,7 @@ class Phases(AbstractSchedule):
             raise InvalidArgumentError("offsets", self.offsets, expected)
 
     def tables(self, *, device: torch.device) -> State:
-        """Starts, int64 [n_phases - 1], and offsets, float32 [n_phases]."""
+        """First positions, int64 [n_phases - 1], and offsets, float32 [n_phases]."""
         return {
             "starts": torch.tensor(self.starts, dtype=torch.int64, device=device),
             "offsets": torch.tensor(self.offsets, dtype=torch.float32, device=device),
@@ -145,7 +145,7 @@ class ScheduledThreshold(AbstractRule):
         check_knob("threshold", self.threshold)
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
-        """Base and tables of the schedule, on the device."""
+        """Put the base and the tables on the device."""
         base = torch.tensor(self.threshold, dtype=torch.float32, device=device)
         return {"knob": base} | self.schedule.tables(device=device)
 

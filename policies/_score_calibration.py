@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.calibration import InvalidArgumentError, Trace, fit_temperature
 from adaptive.policies._base import AbstractScore, Features, State, named, part
 
 #: A monotone table: inputs, strictly ascending, and outputs, non-decreasing.
@@ -61,7 +61,7 @@ class Calibrated(AbstractScore):
         base: AbstractScore,
         trace: Trace,
         *,
-        method: Callable[[NDArray[Any], NDArray[np.bool_]], Table],
+        method: Callable[..., Callable[[ArrayLike], NDArray[Any]]],
         loss: str = "disagreement",
     ) -> Self:
         """Fit one table per exit on a trace of the base score.
@@ -72,14 +72,16 @@ class Calibrated(AbstractScore):
         trace : Trace
             The fit split.
         method : callable
-            `isotonic_table`, `platt_table`, `beta_table`, `histogram_table` or your own: scores
-            and labels [n_tokens] to a table.
+            `fit_isotonic`, `fit_platt`, `fit_beta_calibration`, `fit_histogram` of
+            `adaptive.calibration`, or your own: scores and labels [n_tokens] to a function from
+            scores to probabilities. It is tabulated at 257 quantiles of the scores.
         loss : str
             The column that is zero where the exit was right.
         """
         right = np.asarray(trace.losses[loss]) == 0
         scores = np.asarray(trace.scores, dtype=np.float64)
-        return cls(base, tuple(method(s, y) for s, y in zip(scores.T, right.T, strict=True)))
+        columns = zip(scores.T, right.T, strict=True)
+        return cls(base, tuple(_tabulated(method, s, y) for s, y in columns))
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Tables, on the device, beside the base's memory."""
@@ -113,7 +115,7 @@ class Tempered(AbstractScore):
     base : AbstractScore
         A score that reads ``logits``, ``pruned_logits`` or ``probe``.
     temperatures : tuple of float
-        One per exit, positive (`fit_temperatures`).
+        One per exit, positive.
 
     References
     ----------
@@ -122,6 +124,21 @@ class Tempered(AbstractScore):
 
     base: AbstractScore
     temperatures: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, base: AbstractScore, logits: ArrayLike, labels: ArrayLike) -> Self:
+        """Fit one temperature per exit by the negative log-likelihood of the labels.
+
+        Parameters
+        ----------
+        base : AbstractScore
+        logits : array_like [n_tokens, n_exits, n_classes]
+        labels : array_like of int [n_tokens]
+            The full model's choice (agreement) or the truth (correctness).
+        """
+        given = np.asarray(logits, dtype=np.float64)
+        fitted = [fit_temperature(given[:, exit], labels) for exit in range(given.shape[1])]
+        return cls(base, tuple(found.temperature for found in fitted))
 
     def __post_init__(self) -> None:
         if not self.temperatures or not all(0.0 < t < math.inf for t in self.temperatures):
@@ -161,68 +178,6 @@ class Tempered(AbstractScore):
         return state | named(base, "base")
 
 
-def fit_temperatures(logits: ArrayLike, labels: ArrayLike) -> tuple[float, ...]:
-    """Temperature per exit that minimises the negative log-likelihood of the labels.
-
-    Parameters
-    ----------
-    logits : array_like [n_tokens, n_exits, n_classes]
-    labels : array_like of int [n_tokens]
-        The full model's choice (agreement) or the truth (correctness).
-    """
-    from scipy import optimize, special
-
-    given = np.asarray(logits, dtype=np.float64)
-    label = np.asarray(labels)
-
-    def loss(log_temperature: float, stage: int) -> float:
-        log_p = special.log_softmax(given[:, stage] / math.exp(log_temperature), axis=1)
-        return -float(log_p[np.arange(label.size), label].mean())
-
-    found = [
-        optimize.minimize_scalar(loss, args=(stage,), bounds=(-5.0, 5.0), method="bounded")
-        for stage in range(given.shape[1])
-    ]
-    return tuple(math.exp(float(result.x)) for result in found)
-
-
-def isotonic_table(scores: NDArray[Any], labels: NDArray[np.bool_]) -> Table:
-    """Isotonic regression of the labels on the scores."""
-    from sklearn.isotonic import IsotonicRegression
-
-    x, y = _usable(scores, labels)
-    if np.unique(x).size < 2:
-        return _flat(x, y)
-    model = IsotonicRegression(out_of_bounds="clip").fit(x, y)
-    return _table(model.X_thresholds_, model.y_thresholds_)
-
-
-def platt_table(scores: NDArray[Any], labels: NDArray[np.bool_]) -> Table:
-    """Logistic regression of the labels on the scores, tabulated (a falling fit becomes flat)."""
-    x, y = _usable(scores, labels)
-    return _regressed(x[:, None], y, x)
-
-
-def beta_table(scores: NDArray[Any], labels: NDArray[np.bool_]) -> Table:
-    """Beta calibration: logistic regression on ``log s`` and ``-log(1 - s)``, scores in [0, 1].
-
-    References
-    ----------
-    .. [1] Kull, Silva Filho and Flach, "Beta calibration", AISTATS 2017.
-    """
-    x, y = _usable(scores, labels)
-    clipped = np.clip(x, 1e-6, 1 - 1e-6)
-    return _regressed(np.stack([np.log(clipped), -np.log1p(-clipped)], axis=1), y, x)
-
-
-def histogram_table(scores: NDArray[Any], labels: NDArray[np.bool_], *, n_bins: int = 15) -> Table:
-    """Mean label per bin of equal mass, made monotone: PCEE's binned accuracy."""
-    x, y = _usable(scores, labels)
-    parts = np.array_split(np.argsort(x, kind="stable"), min(n_bins, x.size))
-    centres = np.array([x[part].mean() for part in parts])
-    return isotonic_table(centres, np.array([y[part].mean() for part in parts]))
-
-
 def interpolate(value: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Piecewise-linear map of ``value [batch]`` through ascending ``x`` and ``y``, clamped."""
     right = torch.searchsorted(x, value.contiguous()).clamp(1, x.shape[0] - 1)
@@ -231,39 +186,25 @@ def interpolate(value: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return y0 + share * (y1 - y0)
 
 
-def _regressed(inputs: NDArray[Any], y: NDArray[Any], x: NDArray[Any]) -> Table:
-    from sklearn.linear_model import LogisticRegression
-
-    if np.unique(x).size < 2 or np.unique(y).size < 2:
-        return _flat(x, y)
-    model = LogisticRegression(C=1e6, max_iter=1000).fit(inputs, y)
-    order = np.argsort(x, kind="stable")
-    chosen = np.unique(np.linspace(0, order.size - 1, 129).astype(int))
-    fitted = model.predict_proba(inputs[order[chosen]])[:, 1]
-    return _table(x[order[chosen]], np.maximum.accumulate(fitted))
-
-
-def _table(x: NDArray[Any], y: NDArray[Any]) -> Table:
-    """Distinct float32 inputs with the largest output of each."""
-    inputs, group = np.unique(x.astype(np.float32), return_inverse=True)
-    if inputs.size < 2:
-        return _flat(x, y)
-    outputs = np.zeros(inputs.size)
-    np.maximum.at(outputs, group, y)
-    rising = np.maximum.accumulate(outputs)
-    return tuple(float(v) for v in inputs), tuple(float(v) for v in rising)
-
-
-def _flat(x: NDArray[Any], y: NDArray[Any]) -> Table:
-    level = float(y.mean())
-    return (float(x[0]), float(x[0]) + 1.0), (level, level)
-
-
-def _usable(scores: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _tabulated(
+    method: Callable[..., Callable[[ArrayLike], NDArray[Any]]],
+    scores: NDArray[Any],
+    labels: NDArray[np.bool_],
+) -> Table:
+    """Table of a fitted map at the quantiles of the finite scores; a falling map becomes flat."""
     finite = np.isfinite(scores)
     if not finite.any():
-        return np.zeros(1), np.zeros(1)
-    return scores[finite].astype(np.float64), labels[finite]
+        return (0.0, 1.0), (0.0, 0.0)
+    given, label = scores[finite], labels[finite]
+    inputs = np.unique(np.quantile(given, np.linspace(0.0, 1.0, _POINTS), method="nearest"))
+    if inputs.size < 2 or np.unique(label).size < 2:
+        level = float(label.mean())
+        return (float(inputs[0]), float(inputs[0]) + 1.0), (level, level)
+    outputs = np.maximum.accumulate(method(given, label)(inputs))
+    return tuple(map(float, inputs)), tuple(map(float, outputs))
+
+
+_POINTS = 257
 
 
 def _over(value: Tensor | None, temperature: Tensor) -> Tensor | None:

@@ -63,7 +63,7 @@ class SequentialRatio(AbstractStatisticRule):
 
     @classmethod
     def fit(cls, trace: Trace, *, n_bins: int = 16, loss: str = "disagreement") -> Self:
-        """Estimate both score laws of every exit on the fit split: bins of equal mass, +1/2 each."""
+        """Estimate both score laws of every exit, in bins of equal mass, half a token added."""
         edges, agree, disagree = _score_laws(trace, n_bins=n_bins, loss=loss)
         ratios = np.log(agree) - np.log(disagree)
         return cls(edges=_rows(edges), log_ratios=_rows(ratios))
@@ -120,7 +120,7 @@ class EvidenceProcess(AbstractStatisticRule):
 
     @classmethod
     def fit(cls, trace: Trace, *, n_bins: int = 16, loss: str = "disagreement") -> Self:
-        """E-values are likelihood ratios scaled to mean 1 among the disagreeing; equal weights."""
+        """Scale likelihood ratios to mean 1 among the disagreeing; exits weigh the same."""
         edges, agree, disagree = _score_laws(trace, n_bins=n_bins, loss=loss)
         ratios = agree / disagree
         ratios /= (ratios * disagree).sum(axis=1, keepdims=True)

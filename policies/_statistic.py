@@ -37,7 +37,7 @@ class AbstractStatisticRule(AbstractRule):
 
     @abc.abstractmethod
     def memory(self, batch_size: int, *, device: torch.device) -> State:
-        """What is remembered from stage to stage, at the start of a token: tensors [batch, ...]."""
+        """State at the start of a token, remembered from stage to stage: tensors [batch, ...]."""
 
     @abc.abstractmethod
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:

@@ -63,7 +63,7 @@ class Threshold(AbstractStatisticRule):
         return {}
 
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
-        """The score itself, and minus infinity while warming up."""
+        """Return the score itself, and minus infinity while warming up."""
         if self.warmup:
             cold = features.position < self.warmup
             return torch.where(cold, float("-inf"), score), state

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,6 +111,12 @@ class Readout:
         self._norms = [module for module in found if module is not None]
         self._head = model.get_output_embeddings()  # type: ignore[operator]
         self._cap = getattr(model.config, family.softcap) if family.softcap else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head's weights are."""
+        found: torch.device = self._head.weight.device
+        return found
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""

@@ -1,0 +1,516 @@
+"""``calibrate``: a model, prompts and a promise in; a policy with its certificate out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaptive._collect import collect
+from adaptive._deployment import Deployment
+from adaptive._exits import Exits, attach_exits, get_exits
+from adaptive._fingerprint import text_hash
+from adaptive._inputs import Units, read_units, tokenizer_of
+from adaptive._losses import LossName, SequenceLoss, UnitLoss, unit_loss
+from adaptive._path import Path, choose_path
+from adaptive._runs import Run, full_depth, run_units
+from adaptive._settings import check_stages, fingerprints
+from adaptive._tier import Tier
+from adaptive._timing import seconds_per_token
+from adaptive._train import ExitTraining, train_exits
+from adaptive.calibration import (
+    Certificate,
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsupportedError,
+    control_risk,
+    minimum_units,
+)
+from adaptive.policies import Mode, Policy, ProbeScore, Threshold
+
+_log = logging.getLogger(__name__)
+#: Shares of the units used to train exits (only if the model has none) and to choose the path.
+_TRAIN_SHARE, _FIT_SHARE = 0.3, 0.3
+
+
+def calibrate(
+    model: PreTrainedModel,
+    dataset: Any,
+    risk: float = 0.05,
+    delta: float = 0.05,
+    *,
+    policy: Policy | None = None,
+    loss: LossName | SequenceLoss = "disagreement",
+    bound: float | None = None,
+    method: str = "auto",
+    mode: Mode | None = None,
+    groups: Sequence[Any] | str | None = None,
+    pool: str | None = None,
+    new_tokens: int = 64,
+    batch_size: int = 8,
+    members: int = 8,
+    column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    training: ExitTraining | None = None,
+    device: torch.device | str | None = None,
+    tier: Tier | None = None,
+    rng: int = 0,
+    progress: bool = True,
+    **generation: Any,
+) -> Policy:
+    r"""Find the cheapest stopping policy whose risk is certified to be at most ``risk``.
+
+    With probability at least ``1 - delta`` over the draw of the test prompts, the returned
+    policy's expected loss on prompts drawn like them is at most ``risk``. If nothing can be
+    certified, the returned policy is full computation, and its certificate says why and how many
+    prompts would do.
+
+    Prompts are split in two. On the *fit* split the model's own full-depth text is traced, and a
+    path of policies from full depth to the cheapest is chosen. On the *test* split the members of
+    that path generate text for real, one after the other from the safest on, and a fixed-sequence
+    test certifies members until the first failure. Of those certified, the one that is fastest on
+    this machine is returned.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model. If it has no exits, some are trained on a share of the prompts.
+    dataset
+        Prompts: a list of strings or chat conversations, a ``datasets.Dataset``, a DataLoader of
+        tokenised batches, or an iterable of dicts (see ``column``). Each is one unit. Equal
+        prompts count once.
+    risk : float
+        The promise, in (0, bound).
+    delta : float
+        Probability that the draw of the test prompts misleads, in (0, 1).
+    policy : Policy, optional
+        The family: its rule's knob is what is calibrated. By default a threshold on the exits'
+        probes, at all exits.
+    loss : str or callable
+        ``"disagreement"``: share of a run's tokens that differ from the full model's choice after
+        the same own prefix. ``"departure"``: 1 if the text departs from the full model's at all.
+        ``"token_f1"``, ``"rouge_l"``, ``"edit"``: distance of the text from the full model's. Or
+        ``loss(early, full, reference)`` on token ids, at most ``bound``; it may be negative where
+        early is better.
+    bound : float, optional
+        Largest value of a callable loss.
+    method : str
+        The test, as in :func:`adaptive.calibration.control_risk`; ``"auto"`` is the exact
+        binomial for 0/1 losses and a betting test otherwise.
+    mode : {"exact", "propagate"}, optional
+        What happens to skipped layers. ``None`` takes ``"exact"``, and if that is measured to be
+        no faster than full depth on this machine, says so and returns full depth.
+    groups : sequence or str, optional
+        Cluster of each prompt (document, user), or the key it is found under. The split keeps
+        clusters together, and the cluster is the unit of the test.
+    pool : str, optional
+        Say that prompts were drawn at random from this named pool. Then the prompt is the unit
+        whatever the clusters, the promise is about draws from that pool, and the certificate says
+        so.
+    new_tokens : int
+        Most tokens generated per prompt, at least 2. The certificate covers texts up to this
+        length.
+    batch_size : int
+        Prompts decoded together.
+    members : int
+        Number of policies placed on the path, at least 1.
+    column : str, optional
+        Key or column of the prompt in dicts.
+    tokenizer : PreTrainedTokenizerBase, optional
+        For prompts that are text; by default the one saved beside the model.
+    training : ExitTraining, optional
+        Settings for exits, if they have to be trained.
+    device : torch.device or str, optional
+        Moves the model there first.
+    tier : {"native", "generic"}, optional
+        Force how layers are run.
+    rng : int
+        Seed of the split, the order of units, and sampling.
+    progress : bool
+        Show progress bars.
+    **generation
+        How text will be decoded, as for ``model.generate`` (``do_sample=True, top_p=0.9``, ...).
+        Greedy if nothing is said.
+
+    Returns
+    -------
+    Policy
+        With ``certificate``. Pass it to :func:`generate`.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        If an argument is out of range or of the wrong kind; the message names it.
+    UnsupportedError
+        If the model's family, the mode or a logits processor is not supported.
+
+    Notes
+    -----
+    Guarantee: learn-then-test along a path that is fixed before the test prompts are read [1]_.
+    Prompts that shaped the exits, and prompts equal to them, never enter the test. Losses are
+    those of real generations in the deployed dtype and mode. Assumed: test prompts are
+    independent draws (of the pool, if one is named) and later traffic is like them. Cost: one
+    full-depth generation and one pass over the fit split, one generation of the test split per
+    member visited.
+
+    References
+    ----------
+    .. [1] Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test: calibrating predictive
+       algorithms to achieve risk control", Annals of Applied Statistics 19(2), 2025.
+       doi:10.1214/24-AOAS1998
+    """
+    if mode == "verify" or (mode is None and policy is not None and policy.mode == "verify"):
+        raise UnsupportedError(
+            "`verify` mode has no risk to calibrate: its text is the full model's under any policy. Pass the policy to "
+            "`generate` as it is"
+        )
+    if mode not in (None, "exact", "propagate"):
+        raise InvalidArgumentError("mode", mode, "'exact', 'propagate' or None")
+    if not isinstance(rng, int | np.integer):
+        raise InvalidTypeError("rng", rng, "an integer seed")
+    if members < 1:
+        raise InvalidArgumentError("members", members, "an integer >= 1")
+    measured = unit_loss(loss, bound=bound)
+    needed = minimum_units(risk, delta, **_test_of(measured, method))
+    generation.setdefault("do_sample", False)
+    deployment = Deployment(
+        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=int(rng)
+    )
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
+    settings = deployment.settings(model)
+    split = _split(model, units, training=training, rng=int(rng), progress=progress)
+    exits = split.exits
+    family = (
+        Policy(ProbeScore(), Threshold(), stages=tuple(range(len(exits.layers))))
+        if policy is None
+        else policy
+    )
+    family = replace(family, mode=mode or family.mode, certificate=None)
+    check_stages(family, exits)
+    clustered = groups is not None and pool is None
+    n_test = len(split.test) if not clustered else len(np.unique(split.test.groups))  # type: ignore[arg-type]
+    _log.info(
+        "this promise (risk %g, delta %g) needs at least %d units; the test split has %d",
+        risk,
+        delta,
+        needed,
+        n_test,
+    )
+    bench = _Bench(model, exits, deployment, split, family, measured, tier, progress)
+    facts = _Facts(
+        fingerprints=fingerprints(model, exits)
+        | _data_fingerprints(units, tokenizer, model, dataset),
+        decoding={"mode": family.mode} | settings,
+        split=split.record(int(rng)),
+        pool=pool,
+    )
+    if n_test < needed:
+        why = (
+            f"Too few units: the test split has {n_test}, and this promise needs at least {needed} in the test even if "
+            f"every loss is zero (about {_total_units(needed)} prompts in all)."
+        )
+        return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
+    path = bench.path(risk=risk, members=members)
+    if len(path.knobs) == 1:
+        why = "No member of the family stops early on the fit split within 1.3 times the promised risk."
+        return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
+    if mode is None and policy is None:
+        slower = bench.no_gain(path, risk)
+        if slower is not None:
+            _log.warning("%s", slower)
+            return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=slower)
+    return bench.certify(
+        path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=int(rng)
+    )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the certificate records beside the statistics."""
+
+    fingerprints: dict[str, Any]
+    decoding: dict[str, Any]
+    split: dict[str, Any]
+    pool: str | None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Units by role, and the exits they go with."""
+
+    exits: Exits
+    fit: Units
+    test: Units
+    trained: int
+    overlapping: int
+    repeated: int
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """What the certificate says of the split."""
+        return {
+            "seed": seed,
+            "n_fit": len(self.fit),
+            "n_test": len(self.test),
+            "n_train_exits": self.trained,
+            "removed_because_they_shaped_the_exits": self.overlapping,
+            "removed_repetitions": self.repeated,
+            "fit_units": list(self.fit.ids),
+            "test_units": list(self.test.ids),
+        }
+
+
+def _split(
+    model: PreTrainedModel, units: Units, *, training: ExitTraining | None, rng: int, progress: bool
+) -> _Split:
+    """Train exits if there are none; keep what shaped them out; part the rest in fit and test."""
+    distinct = units.distinct()
+    repeated = len(units) - len(distinct)
+    exits, trained = get_exits(model), 0
+    if exits is None:
+        shaping, distinct = _parted(distinct, _TRAIN_SHARE, rng)
+        trained = len(shaping)
+        exits = train_exits(
+            model,
+            [{"input_ids": list(prompt)} for prompt in shaping.prompts],
+            training=training,
+            rng=rng,
+            progress=progress,
+        )
+    shaped = set(exits.record.units)
+    kept = [i for i, name in enumerate(distinct.ids) if name not in shaped]
+    overlapping = len(distinct) - len(kept)
+    if overlapping:
+        _log.info("%d prompts shaped the exits and are left out", overlapping)
+    if len(kept) < 2:
+        raise InvalidArgumentError(
+            "dataset", f"{len(kept)} distinct prompts that did not shape the exits", "at least 2"
+        )
+    fit, test = _parted(distinct.select(kept), _FIT_SHARE, rng + 1)
+    return _Split(exits, fit, test, trained, overlapping, repeated)
+
+
+def _parted(units: Units, share: float, rng: int) -> tuple[Units, Units]:
+    """Part units at random, clusters kept together."""
+    rows = np.arange(len(units))
+    if units.groups is None:
+        first, second = next(
+            ShuffleSplit(n_splits=1, train_size=share, random_state=rng).split(rows)
+        )
+    else:
+        if len(np.unique(units.groups)) < 2:
+            raise InvalidArgumentError("groups", "a single cluster", "at least two clusters")
+        splitter = GroupShuffleSplit(n_splits=1, train_size=share, random_state=rng)
+        first, second = next(splitter.split(rows, groups=units.groups))
+    return units.select(first), units.select(second)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Everything a calibration runs on."""
+
+    model: PreTrainedModel
+    exits: Exits
+    deployment: Deployment
+    split: _Split
+    family: Policy
+    loss: UnitLoss
+    tier: Tier | None
+    progress: bool
+
+    def run(
+        self, units: Units, policy: Policy, description: str, *, labels: bool = True
+    ) -> tuple[Run, ...]:
+        """Generate units under a policy."""
+        return run_units(
+            self.model,
+            units,
+            policy,
+            deployment=self.deployment,
+            labels=labels,
+            tier=self.tier,
+            progress=self.progress,
+            description=description,
+        )
+
+    def path(self, *, risk: float, members: int) -> Path:
+        """Trace the model's own text on the fit split and place the members."""
+        full = replace(full_depth(self.exits), mode="propagate")
+        runs = self.run(self.split.fit, full, "full-depth text", labels=False)
+        trace = collect(
+            self.model,
+            self.split.fit,
+            [run.tokens for run in runs],
+            deployment=self.deployment,
+            score=self.family.score,
+            progress=self.progress,
+            tier=self.tier,
+        )
+        binary = self.loss.binary or self.loss.sequence is not None
+        return choose_path(self.family, trace, risk=risk, members=members, any_token=binary)
+
+    def seconds(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """Seconds per generated token of each policy, one prompt at a time."""
+        few = self.split.fit.select(range(min(4, len(self.split.fit))))
+        return seconds_per_token(
+            self.model, few, policies, deployment=self.deployment, tier=self.tier
+        )
+
+    def no_gain(self, path: Path, risk: float) -> str | None:
+        """Say so if the member nearest to the promise is measured to be no faster than full depth."""
+        within = np.flatnonzero(path.predicted <= risk)
+        nearest = self.family.member(path.knobs[max(1, int(within.max()))])
+        full, early = self.seconds([full_depth(self.exits), nearest])
+        if early < full:
+            return None
+        return (
+            f"In `{self.family.mode}` mode stopping early gains nothing on this machine ({1e3 * early:.3g} ms per token "
+            f"against {1e3 * full:.3g} at full depth): skipped layers are computed later, in batches, which pays where "
+            f"decoding is bound by memory. Pass mode='propagate' to skip them for good."
+        )
+
+    def certify(
+        self,
+        path: Path,
+        facts: _Facts,
+        *,
+        risk: float,
+        delta: float,
+        method: str,
+        clustered: bool,
+        rng: int,
+    ) -> Policy:
+        """Walk the path on the test split and return the fastest certified member."""
+        test = self.split.test
+        full = None
+        if self.loss.sequence is not None:
+            policy = replace(full_depth(self.exits), mode="propagate")
+            full = [run.tokens for run in self.run(test, policy, "full-depth text", labels=False)]
+
+        def losses(column: int) -> NDArray[np.float64]:
+            member = self.family.member(path.knobs[column])
+            title = f"testing member {column} of {len(path.knobs) - 1}"
+            return self.loss.of(self.run(test, member, title), full, test.references)
+
+        result = control_risk(
+            losses,
+            risk=risk,
+            delta=delta,
+            bound=self.loss.bound,
+            loss_type="binary" if self.loss.binary else "bounded",
+            method=method,
+            n_columns=len(path.knobs),
+            groups=test.groups if clustered else None,
+            rng=rng,
+            loss=self.loss.name,
+            unit="prompt",
+        )
+        certificate = _completed(result.certificate, facts)
+        if result.index is None:
+            return replace(self.family.member(path.knobs[0]), certificate=certificate)
+        columns = [j for j in np.flatnonzero(result.certified) if j > 0]
+        costs = self.seconds(
+            [full_depth(self.exits)] + [self.family.member(path.knobs[j]) for j in columns]
+        )
+        best = int(np.argmin(costs))
+        timing = {
+            "milliseconds_per_token": {
+                str(j): round(1e3 * float(cost), 4)
+                for j, cost in zip([0, *columns], costs, strict=True)
+            }
+        }
+        certificate = replace(
+            certificate, evidence=certificate.evidence | timing, cost=float(costs[best])
+        )
+        if best == 0:
+            note = (
+                f"Members {[int(j) for j in columns]} are certified, but none is faster than full depth on this machine in "
+                f"`{self.family.mode}` mode, so full computation is used."
+            )
+            certificate = replace(
+                certificate, holds=False, index=None, notes=(*certificate.notes, note)
+            )
+            return replace(self.family.member(path.knobs[0]), certificate=certificate)
+        index = int(columns[best - 1])
+        knob = float(path.knobs[index])
+        certificate = replace(certificate, index=index, knob=knob)
+        return replace(self.family.member(knob), certificate=certificate)
+
+    def nothing(self, facts: _Facts, *, risk: float, delta: float, n: int, why: str) -> Policy:
+        """Return full computation and a certificate that says why."""
+        certificate = Certificate(
+            holds=False,
+            risk=risk,
+            delta=delta,
+            loss=self.loss.name,
+            unit="prompt",
+            method="none run",
+            procedure="fixed-sequence",
+            n=n,
+            index=None,
+            evidence={},
+            bound=self.loss.bound,
+            assumptions=(),
+            split={},
+            notes=(why,),
+        )
+        never = float("inf") if isinstance(self.family.rule, Threshold) else None
+        safe = full_depth(self.exits) if never is None else self.family.member(never)
+        return replace(safe, mode=self.family.mode, certificate=_completed(certificate, facts))
+
+
+def _completed(certificate: Certificate, facts: _Facts) -> Certificate:
+    """Add what only this floor knows."""
+    assumptions = certificate.assumptions
+    if facts.pool is not None:
+        assumptions = (*assumptions, f"prompts were drawn at random from the pool {facts.pool!r}")
+    return replace(
+        certificate,
+        assumptions=assumptions,
+        split=certificate.split | facts.split,
+        fingerprints=facts.fingerprints,
+        decoding=facts.decoding,
+        versions=certificate.versions
+        | {"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _test_of(loss: UnitLoss, method: str) -> dict[str, Any]:
+    return {
+        "method": method,
+        "loss_type": "binary" if loss.binary else "bounded",
+        "bound": loss.bound,
+    }
+
+
+def _total_units(needed: int) -> int:
+    """Prompts to bring so that the test split has enough."""
+    return int(np.ceil(needed / (1 - _FIT_SHARE))) + 1
+
+
+def _data_fingerprints(
+    units: Units, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, dataset: Any
+) -> dict[str, str]:
+    """Hash of the prompts, and of the tokenizer and chat template if one could be found."""
+    found = {"data": hashlib.sha256("".join(sorted(units.ids)).encode()).hexdigest()[:24]}
+    if tokenizer is None:
+        try:
+            tokenizer = tokenizer_of(model)
+        except InvalidArgumentError:
+            return found
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    found["tokenizer"] = text_hash(str(vocabulary))
+    template = getattr(tokenizer, "chat_template", None)
+    if template:
+        found["chat_template"] = text_hash(str(template))
+    return found

@@ -1,0 +1,238 @@
+"""Traces: what every exit would have said along the model's own full-depth text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from adaptive._choose import Chooser
+from adaptive._deployment import Deployment
+from adaptive._exits import Exits, require_exits
+from adaptive._families import Readout
+from adaptive._inputs import Units, texts_batch
+from adaptive._tier import Tier, executor_for
+from adaptive._timing import stage_seconds
+from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.policies import AbstractScore, ProbeScore
+
+#: Slots whose readouts are formed at once: bounds memory at any vocabulary.
+_CHUNK = 128
+
+
+def collect(
+    model: PreTrainedModel,
+    units: Units,
+    texts: Sequence[tuple[int, ...]],
+    *,
+    deployment: Deployment,
+    score: AbstractScore | None = None,
+    progress: bool = True,
+    tier: Tier | None = None,
+) -> Trace:
+    """Trace the exits along given continuations, in one full-depth pass.
+
+    Logits exist for a few slots at a time and are reduced on the fly, so memory does not grow
+    with the vocabulary times the number of tokens.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With exits.
+    units : Units
+        Prompts.
+    texts : sequence of tuple of int
+        Continuation of each prompt: the model's own, as ``run_units`` generates it.
+    deployment : Deployment
+        How the text is decoded; its processors and noise shape every choice.
+    score : AbstractScore, optional
+        Read at every exit; the probe's score by default.
+    progress : bool
+    tier : {"native", "generic"}, optional
+
+    Returns
+    -------
+    Trace
+        One row per generated token but the first, which the prompt's own pass decides. Loss
+        ``disagreement``; columns ``answers [n, n_exits]``, ``choices [n]`` (the full model's),
+        ``emitted [n]`` (the text's) and ``positions [n]``. Units of a single token have no rows
+        and are left out. Costs are measured seconds per token.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no continuation has two tokens.
+    """
+    exits = require_exits(model)
+    score = ProbeScore() if score is None else score
+    sizes = [len(p) + len(t) for p, t in zip(units.prompts, texts, strict=True)]
+    order = [int(i) for i in np.argsort(sizes, kind="stable") if len(texts[i]) > 1]
+    if not order:
+        raise InvalidArgumentError("texts", "no text of two tokens", "longer continuations")
+    rows: dict[int, dict[str, NDArray[Any]]] = {}
+    with tqdm(total=len(order), desc="tracing", unit="unit", disable=not progress) as bar:
+        for start in range(0, len(order), deployment.batch_size):
+            index = order[start : start + deployment.batch_size]
+            pairs = [(units.prompts[i], texts[i]) for i in index]
+            ids, mask = texts_batch(pairs, model.device)
+            prepared = deployment.prepared(model, ids[:, : mask.shape[1]], mask)
+            chooser = prepared.chooser(index, deployment.seed)
+            states, readout = full_states(model, ids, mask, exits.layers, tier=tier)
+            found = _read(exits, states, readout, ids, mask.shape[1], chooser, score)
+            rows.update(zip(index, _split(found, pairs), strict=True))
+            bar.update(len(index))
+    kept = sorted(rows)
+    joined = {name: np.concatenate([rows[i][name] for i in kept]) for name in rows[kept[0]]}
+    return Trace(
+        scores=joined.pop("scores"),
+        losses={"disagreement": joined.pop("disagreement")},
+        costs=stage_seconds(model, exits, tier=tier),
+        cost_quantity="seconds",
+        lengths=np.array([len(texts[i]) - 1 for i in kept]),
+        unit_ids=tuple(units.ids[i] for i in kept),
+        groups=None if units.groups is None else units.groups[kept],
+        columns=joined,
+    )
+
+
+@torch.no_grad()
+def full_states(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    exits: tuple[int, ...],
+    *,
+    tier: Tier | None = None,
+) -> tuple[list[Tensor], Readout]:
+    """Run texts at full depth and keep the hidden states at the exits and at the end.
+
+    Parameters
+    ----------
+    ids : Tensor, int64 [batch, prompt + n]
+    mask : Tensor, int64 [batch, prompt]
+        0 where the prompt is padding.
+    exits : tuple of int
+        Layer counts below the exits.
+
+    Returns
+    -------
+    states : list of Tensor [batch, n, width]
+        At every exit and after the last layer, at the slots behind the prompt.
+    readout : Readout
+    """
+    batch, length = ids.shape
+    prompt = mask.shape[1]
+    real = torch.ones_like(ids)
+    real[:, :prompt] = mask
+    padding = mask == 0
+    executor = executor_for(model, tier=tier)
+    executor.begin(
+        batch_size=batch,
+        max_length=length,
+        padding=padding if bool(padding.any()) else None,
+        positions=(real.cumsum(dim=-1) - 1).clamp(min=0),
+    )
+    try:
+        hidden = executor.embed(ids, 0)
+        states = []
+        for low, high in pairwise((0, *exits, executor.layers)):
+            hidden = executor.run(low, high, hidden, 0)
+            states.append(hidden[:, prompt:])
+    finally:
+        executor.end()
+    return states, executor.readout
+
+
+def choices_along(
+    states: Tensor, readout: Readout, ids: Tensor, prompt: int, chooser: Chooser
+) -> Tensor:
+    """Token chosen at each slot, int64 ``[batch, n]``, from final states ``[batch, n, width]``."""
+    parts = []
+    for start in range(0, states.shape[1], _CHUNK):
+        logits = readout(states[:, start : start + _CHUNK])
+        parts.append(chooser.each(ids, logits, prompt + start, prompt))
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def _read(
+    exits: Exits,
+    states: list[Tensor],
+    readout: Readout,
+    ids: Tensor,
+    prompt: int,
+    chooser: Chooser,
+    score: AbstractScore,
+) -> dict[str, Tensor]:
+    """Scores, answers and full choices of a batch, each ``[batch, n, ...]``."""
+    choices = choices_along(states[-1], readout, ids, prompt, chooser)
+    answers = torch.stack(
+        [
+            choices_along(exits.translate(exit, states[exit]), readout, ids, prompt, chooser)
+            for exit in range(len(exits.layers))
+        ],
+        dim=-1,
+    )
+    return {
+        "scores": _scores(exits, states, readout, score),
+        "disagreement": answers != choices[:, :, None],
+        "answers": answers.to(torch.int32),
+        "choices": choices,
+    }
+
+
+def _scores(exits: Exits, states: list[Tensor], readout: Readout, score: AbstractScore) -> Tensor:
+    """Score at every slot and exit, float32 ``[batch, n, n_exits]``.
+
+    A score without memory sees the slots of a chunk as rows of one batch; one with memory walks
+    them in order, as it does in the loop.
+    """
+    batch, count, width = states[0].shape
+    memory = score.init(batch, device=states[0].device)
+    step = 1 if memory else _CHUNK
+    parts = []
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        rows = batch * (stop - start)
+        state = memory if memory else score.init(rows, device=states[0].device)
+        position = torch.arange(start + 1, stop + 1, device=states[0].device)
+        found: list[Tensor] = []
+        previous: Tensor | None = None
+        for exit in range(len(exits.layers)):
+            here = states[exit][:, start:stop].reshape(rows, width)
+            features = exits.features(
+                frozenset(score.needs),
+                exit,
+                here,
+                previous=previous,
+                position=position.repeat(batch),
+                readout=readout,
+            )
+            value, state = score.score(features, state)
+            found.append(value.float().view(batch, stop - start))
+            previous = here
+        memory = state if memory else memory
+        parts.append(torch.stack(found, dim=-1))
+    return torch.cat(parts, dim=1)
+
+
+def _split(
+    found: dict[str, Tensor], pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> list[dict[str, NDArray[Any]]]:
+    """Cut a batch into its units, each at its own length."""
+    arrays = {name: value.cpu().numpy() for name, value in found.items()}
+    rows = []
+    for row, (_, text) in enumerate(pairs):
+        n = len(text) - 1
+        own = {name: value[row, :n] for name, value in arrays.items()}
+        own["emitted"] = np.array(text[1:], dtype=np.int64)
+        own["positions"] = np.arange(1, n + 1)
+        rows.append(own)
+    return rows

@@ -1,0 +1,106 @@
+"""How text will be generated in deployment: what calibration must imitate to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from adaptive._choose import Chooser, KeyedNoise
+from adaptive._settings import check_processors, decoding_settings
+from adaptive.calibration import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Decoding settings, passed to ``generate`` unchanged wherever calibration generates.
+
+    Parameters
+    ----------
+    new_tokens : int
+        Most tokens generated per unit.
+    batch_size : int
+        Rows decoded together. Changes time, never tokens.
+    generation : mapping
+        Further arguments of ``model.generate`` (``do_sample``, ``temperature``,
+        ``logits_processor``, ``generation_config`` ...).
+    seed : int
+        Seed of the noise, which is keyed by (unit, token): nothing depends on the batch.
+    """
+
+    new_tokens: int
+    batch_size: int = 8
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 2:
+            raise InvalidArgumentError("new_tokens", self.new_tokens, "an integer >= 2")
+        if self.batch_size < 1:
+            raise InvalidArgumentError("batch_size", self.batch_size, "an integer >= 1")
+
+    def arguments(self, units: Sequence[int] | NDArray[Any]) -> dict[str, Any]:
+        """Return keyword arguments of ``generate`` for rows that are these units."""
+        return dict(self.generation) | {
+            "max_new_tokens": self.new_tokens,
+            "random": "keyed",
+            "units": torch.as_tensor([int(unit) for unit in units]),
+            "seed": self.seed,
+        }
+
+    def prepared(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Prepared:
+        """Let transformers build the processors it would use for this batch."""
+        found: list[Prepared] = []
+
+        def note(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: Any,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Tensor:
+            found.append(Prepared(generation_config, logits_processor))
+            return input_ids
+
+        model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self.new_tokens,
+            custom_generate=note,
+            **self.generation,
+        )
+        check_processors(found[0].processors)
+        return found[0]
+
+    def settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Describe the decoding, as a run compares it with its certificate."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        prepared = self.prepared(model, ids, torch.ones_like(ids))
+        return decoding_settings(
+            model, prepared.config, prepared.processors, new_tokens=self.new_tokens
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Generation config and processors as transformers prepares them for a batch."""
+
+    config: GenerationConfig
+    processors: LogitsProcessorList
+
+    def chooser(self, units: Sequence[int] | NDArray[Any], seed: int) -> Chooser:
+        """Return the configured way from logits to tokens for rows that are these units."""
+        keys = torch.as_tensor([int(unit) for unit in units])
+        noise = KeyedNoise(keys, seed) if self.config.do_sample else None
+        return Chooser(self.processors, noise)
+
+    @property
+    def pad(self) -> int:
+        """Token that fills rows."""
+        return 0 if self.config._pad_token_tensor is None else int(self.config._pad_token_tensor)

@@ -57,15 +57,7 @@ from adaptive.policies._readout_scores import (
     decaying_vocabulary,
 )
 from adaptive.policies._schedules import Decay, PerStage, Phases, ScheduledThreshold
-from adaptive.policies._score_calibration import (
-    Calibrated,
-    Tempered,
-    beta_table,
-    fit_temperatures,
-    histogram_table,
-    isotonic_table,
-    platt_table,
-)
+from adaptive.policies._score_calibration import Calibrated, Tempered
 from adaptive.policies._scores import Margin, MaxProbability, NoScore, ProbeScore, Saturation
 from adaptive.policies._sequential import EvidenceProcess, SequentialRatio, wald_boundaries
 from adaptive.policies._simulate import exit_stages
@@ -135,7 +127,6 @@ __all__ = [
     "WindowedPatience",
     "Within",
     "agreement_thresholds",
-    "beta_table",
     "budget_thresholds",
     "calm_policy",
     "certified_agreement_thresholds",
@@ -143,18 +134,14 @@ __all__ = [
     "exit_stages",
     "expected_readout",
     "exponential_weights",
-    "fit_temperatures",
     "geometric_allocation",
     "geometric_rates",
     "halting_distribution",
-    "histogram_table",
     "inflated_thresholds",
-    "isotonic_table",
     "keyed_noise",
     "linear_programme",
     "members",
     "oracle_stages",
-    "platt_table",
     "regret",
     "risk_consistency",
     "rouge_l_distance",

@@ -18,19 +18,17 @@ from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
 from adaptive.calibration._losses import LossColumns, Losses, loss_columns
 from adaptive.calibration._methods import TESTS, choose_test
 from adaptive.calibration._planning import minimum_units
+from adaptive.calibration._procedures import AbstractProcedure, UpperBoundWalk, procedure_of
 from adaptive.calibration._risk_test import AbstractRiskTest
-from adaptive.calibration._testing import Tested, mask_of, walk_fixed_sequence
+from adaptive.calibration._testing import Tested, mask_of
 from adaptive.calibration._validation import (
     Rng,
     as_generator,
-    check_choice,
     check_probability,
     group_codes,
     require_at_least,
 )
 
-PROCEDURES = ("fixed-sequence",)
-FIXED_LEVEL = ("fixed-sequence",)
 Progress = Callable[[int, float], None]
 
 
@@ -49,6 +47,10 @@ class RiskControlResult:
         Columns that are certified together. Column 0 is true: its loss is zero by construction.
     visited : tuple of int
         Columns that were computed and tested, in that order.
+    bounds : ndarray of float64, [n_columns]
+        Upper confidence bounds on the risk at 1 - delta, each for its column alone: of all visited
+        columns for the procedure "upper-bound", of the returned one otherwise; NaN elsewhere. For
+        several risks, that of the first.
     log_p_values, levels, means : ndarray of float64, [n_columns]
         Natural log of the p-value, the level it was held against, and the mean loss; NaN where a
         column was not visited. For several risks the p-value is the largest of theirs and the mean
@@ -64,6 +66,7 @@ class RiskControlResult:
     certified: NDArray[np.bool_]
     visited: tuple[int, ...]
     log_p_values: NDArray[np.float64]
+    bounds: NDArray[np.float64]
     levels: NDArray[np.float64]
     means: NDArray[np.float64]
     certificate: Certificate
@@ -89,6 +92,7 @@ class RiskControlResult:
                 "mean_loss": self.means,
                 "log_p_value": self.log_p_values,
                 "level": self.levels,
+                "upper_bound": self.bounds,
             },
             index=pd.RangeIndex(self.certified.size, name="column"),
         )
@@ -109,7 +113,7 @@ def control_risk(
     bound: float | Mapping[str, float] = 1.0,
     loss_type: str | Mapping[str, str] = "bounded",
     method: str | AbstractRiskTest = "auto",
-    procedure: str = "fixed-sequence",
+    procedure: str | AbstractProcedure = "fixed-sequence",
     n_columns: int | None = None,
     starts: Sequence[int] = (1,),
     groups: ArrayLike | None = None,
@@ -145,12 +149,14 @@ def control_risk(
         Declared, not inferred: "binary" means losses of 0 and 1 and selects the exact test.
     method : str or AbstractRiskTest
         "auto" decides by `loss_type`, the number of units, `delta` and `procedure` alone.
-    procedure : str
-        How many columns are tested together; "fixed-sequence" visits columns in order.
+    procedure : str or AbstractProcedure
+        How many columns are tested together: "fixed-sequence" visits columns in order up to the
+        first failure; "upper-bound" is the same walk told by upper confidence bounds (RCPS);
+        "bonferroni" and "holm" compute and test all columns; a `Graph` moves levels along edges.
     n_columns : int, optional
         Number of columns, required for a callable.
     starts : sequence of int
-        First column of the sequence, or several: each then begins with an equal share of delta.
+        First column of a sequence, or several: each then begins with an equal share of delta.
         Must be chosen without looking at these losses. Columns before the first are not certified.
     groups : array_like, [n_units], optional
         Cluster of each unit. The cluster is then the unit: its loss is the mean over its members,
@@ -194,14 +200,16 @@ def control_risk(
     2
     """
     check_probability("delta", delta)
-    check_choice("procedure", procedure, PROCEDURES)
     sources = loss_columns(
         losses, risk=risk, bound=bound, loss_type=loss_type, n_columns=n_columns, name=loss
     )
     order_seed = int(as_generator(rng).integers(2**32))
-    clustered = groups is not None and not per_group
     settings = _Settings(
-        delta, method, procedure, tuple(starts), order_seed, "cluster" if clustered else unit
+        delta=delta,
+        method=method,
+        procedure=procedure_of(procedure, starts=starts),
+        order_seed=order_seed,
+        unit="cluster" if groups is not None and not per_group else unit,
     )
     price = _costs(costs, sources[0].n_columns)
     if per_group:
@@ -217,8 +225,7 @@ def control_risk(
 class _Settings:
     delta: float
     method: str | AbstractRiskTest
-    procedure: str
-    starts: tuple[int, ...]
+    procedure: AbstractProcedure
     order_seed: int
     unit: str
 
@@ -246,6 +253,10 @@ class _Examiner:
     def n_units(self) -> int:
         return int(self.order.size)
 
+    @property
+    def by_bounds(self) -> bool:
+        return isinstance(self.settings.procedure, UpperBoundWalk)
+
     def read(self, source: LossColumns, column: int) -> NDArray[np.float64]:
         """Return one column [n_units, 1] in the order fixed by the seed."""
         values = source.column(column)
@@ -259,7 +270,7 @@ class _Examiner:
 
     def visit(self, column: int) -> float:
         """Return the log p-value of one column, the largest over the losses."""
-        delta = self.settings.delta / len(self.settings.starts)
+        aim = self.settings.procedure.aim(self.settings.delta, self.sources[0].n_columns)
         parts = []
         for i, source in enumerate(self.sources):
             losses = self.read(source, column)
@@ -267,7 +278,7 @@ class _Examiner:
             require_at_least(
                 "losses", losses, test.least, reason=f"{test.name} test", first_column=column
             )
-            log_p = test.log_p_values(losses, risk=source.risk, delta=delta, bound=source.bound)
+            log_p = test.log_p_values(losses, risk=source.risk, delta=aim, bound=source.bound)
             digest = hashlib.sha256(np.ascontiguousarray(losses).tobytes()).hexdigest()[:16]
             parts.append((float(log_p[0]), losses.mean(), np.maximum(losses, 0.0).mean(), digest))
         log_ps, means, positive, digests = zip(*parts, strict=True)
@@ -280,8 +291,8 @@ class _Examiner:
         """Return pointwise upper bounds of the losses of one column at confidence 1 - delta."""
         bounds = {}
         for source, test in zip(self.sources, self.tests, strict=True):
-            fast = PredictableBets() if isinstance(test, TargetBets) else test
-            upper = fast.upper_bounds(
+            quick = isinstance(test, TargetBets) and not self.by_bounds
+            upper = (PredictableBets() if quick else test).upper_bounds(
                 self.read(source, column), delta=self.settings.delta, bound=source.bound
             )
             bounds[source.name] = float(upper[0])
@@ -294,7 +305,7 @@ class _Examiner:
                 self.settings.method,
                 loss_type=source.test_type,
                 n_units=n_units,
-                fixed_level=self.settings.procedure in FIXED_LEVEL,
+                fixed_level=self.settings.procedure.fixed_level,
             )
             for source in self.sources
         )
@@ -314,10 +325,12 @@ def _control(
             progress(column, log_p)
         return log_p
 
-    tested = _run_procedure(settings, sources[0].n_columns, evaluate)
+    tested = settings.procedure.run(evaluate, n_columns=sources[0].n_columns, delta=settings.delta)
     index = tested.rejected[-1] if tested.rejected else None
     chosen = _cheapest(tested.rejected, price)
-    certificate = _certificate(examiner, tested, index, price)
+    wanted = tested.visited if examiner.by_bounds else tested.rejected[-1:]
+    bounds = {j: examiner.upper_bounds(j) for j in wanted}
+    certificate = _certificate(examiner, tested, bounds, price)
     count = sources[0].n_columns
     certified = mask_of(tested.rejected, count)
     certified[0] = True
@@ -328,16 +341,11 @@ def _control(
         certified=certified,
         visited=tested.visited,
         log_p_values=_spread(count, {j: v.log_p for j, v in visits.items()}),
+        bounds=_spread(count, {j: next(iter(b.values())) for j, b in bounds.items()}),
         levels=_spread(count, tested.levels),
         means=_spread(count, {j: v.means[0] for j, v in visits.items()}),
         certificate=certificate,
     )
-
-
-def _run_procedure(settings: _Settings, count: int, evaluate: Callable[[int], float]) -> Tested:
-    if min(settings.starts) < 1:
-        raise InvalidArgumentError("starts", settings.starts, "at least 1: column 0 is not tested")
-    return walk_fixed_sequence(evaluate, count=count, starts=settings.starts, delta=settings.delta)
 
 
 def _control_per_group(
@@ -382,6 +390,7 @@ def _control_per_group(
         certified=certified,
         visited=tuple(sorted({j for part in results for j in part.visited})),
         log_p_values=np.max([part.log_p_values for part in results], axis=0),
+        bounds=np.max([part.bounds for part in results], axis=0),
         levels=np.full(certified.size, shared.delta),
         means=np.max([part.means for part in results], axis=0),
         certificate=certificate,
@@ -390,9 +399,13 @@ def _control_per_group(
 
 
 def _certificate(
-    examiner: _Examiner, tested: Tested, index: int | None, price: NDArray[np.float64] | None
+    examiner: _Examiner,
+    tested: Tested,
+    bounds: Mapping[int, dict[str, float]],
+    price: NDArray[np.float64] | None,
 ) -> Certificate:
     sources, settings = examiner.sources, examiner.settings
+    index = tested.rejected[-1] if tested.rejected else None
     names = [source.name for source in sources]
     single = len(sources) == 1
     visits = [examiner.visits[j] for j in tested.visited]
@@ -414,7 +427,7 @@ def _certificate(
             for source, test in zip(sources, examiner.tests, strict=True)
         ],
         "n_columns": sources[0].n_columns,
-        "starts": list(settings.starts),
+        "procedure": settings.procedure.to_dict(),
         "columns": list(tested.visited),
         "certified": list(tested.rejected),
         "log_p_values": [visit.log_p for visit in visits],
@@ -423,7 +436,7 @@ def _certificate(
         "positive_part_means": {
             n: [visit.positive_means[i] for visit in visits] for i, n in enumerate(names)
         },
-        "upper_bound": None if index is None else examiner.upper_bounds(index),
+        "upper_bound": None if index is None else bounds[index],
     }
     return Certificate(
         holds=index is not None,
@@ -432,7 +445,7 @@ def _certificate(
         loss=" and ".join(names),
         unit=settings.unit,
         method=" and ".join(tests),
-        procedure=settings.procedure,
+        procedure=settings.procedure.name,
         n=examiner.n_units,
         index=index,
         cost=None if index is None or price is None else float(price[index]),
@@ -540,17 +553,18 @@ def _verify_one(certificate: Certificate, sources: tuple[LossColumns, ...]) -> b
     if missing:
         raise UnsupportedError(f"cannot verify: this library has no test named {missing[0]!r}")
     settings = _Settings(
-        certificate.delta,
-        "auto",
-        certificate.procedure,
-        tuple(evidence["starts"]),
-        certificate.split["order_seed"],
-        certificate.unit,
+        delta=certificate.delta,
+        method="auto",
+        procedure=procedure_of(certificate.procedure, **evidence["procedure"]),
+        order_seed=certificate.split["order_seed"],
+        unit=certificate.unit,
     )
     examiner = _Examiner(sources, settings)
     examiner.tests = tuple(known[entry["test"]]() for entry in evidence["losses"])
     examiner.order = np.random.default_rng(settings.order_seed).permutation(certificate.n)
-    again = _run_procedure(settings, sources[0].n_columns, examiner.visit)
+    again = settings.procedure.run(
+        examiner.visit, n_columns=sources[0].n_columns, delta=settings.delta
+    )
     if list(again.visited) != evidence["columns"] or list(again.rejected) != evidence["certified"]:
         return False
     found = [examiner.visits[j].log_p for j in again.visited]

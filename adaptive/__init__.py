@@ -14,11 +14,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adaptive import calibration as calibration
     from adaptive import policies as policies
+    from adaptive._calibrate import calibrate as calibrate
+    from adaptive._deployment import Deployment as Deployment
+    from adaptive._display import RiskPathDisplay as RiskPathDisplay
+    from adaptive._exits import Exits as Exits
+    from adaptive._exits import NoExitsError as NoExitsError
+    from adaptive._exits import attach_exits as attach_exits
+    from adaptive._exits import detach_exits as detach_exits
+    from adaptive._exits import get_exits as get_exits
+    from adaptive._generate import generate as generate
+    from adaptive._output import AdaptiveOutput as AdaptiveOutput
+    from adaptive._trace_model import collect_trace as collect_trace
+    from adaptive._train import ExitTraining as ExitTraining
+    from adaptive._train import train_exits as train_exits
     from adaptive.calibration import AdaptiveError as AdaptiveError
+    from adaptive.calibration import Certificate as Certificate
     from adaptive.calibration import CertificateError as CertificateError
     from adaptive.calibration import CertificateMismatchError as CertificateMismatchError
     from adaptive.calibration import InvalidArgumentError as InvalidArgumentError
+    from adaptive.calibration import Trace as Trace
     from adaptive.calibration import UnsupportedError as UnsupportedError
+    from adaptive.calibration import control_risk as control_risk
+    from adaptive.calibration import minimum_units as minimum_units
+    from adaptive.calibration import plan_units as plan_units
     from adaptive.policies import Policy as Policy
     from adaptive.policies import ProbeScore as ProbeScore
     from adaptive.policies import Threshold as Threshold
@@ -27,13 +45,31 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdaptiveError": "adaptive.calibration",
+    "AdaptiveOutput": "adaptive._output",
+    "Certificate": "adaptive.calibration",
     "CertificateError": "adaptive.calibration",
     "CertificateMismatchError": "adaptive.calibration",
+    "Deployment": "adaptive._deployment",
+    "ExitTraining": "adaptive._train",
+    "Exits": "adaptive._exits",
     "InvalidArgumentError": "adaptive.calibration",
+    "NoExitsError": "adaptive._exits",
     "Policy": "adaptive.policies",
     "ProbeScore": "adaptive.policies",
+    "RiskPathDisplay": "adaptive._display",
     "Threshold": "adaptive.policies",
+    "Trace": "adaptive.calibration",
     "UnsupportedError": "adaptive.calibration",
+    "attach_exits": "adaptive._exits",
+    "calibrate": "adaptive._calibrate",
+    "collect_trace": "adaptive._trace_model",
+    "control_risk": "adaptive.calibration",
+    "detach_exits": "adaptive._exits",
+    "generate": "adaptive._generate",
+    "get_exits": "adaptive._exits",
+    "minimum_units": "adaptive.calibration",
+    "plan_units": "adaptive.calibration",
+    "train_exits": "adaptive._train",
 }
 _FLOORS = ("calibration", "policies")
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
-from adaptive._exits import Exits, attach_exits, get_exits
+from adaptive._exits import Exits, get_exits
+from adaptive._families import layers_of
 from adaptive._fingerprint import text_hash
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, SequenceLoss, UnitLoss, unit_loss
@@ -397,10 +398,14 @@ class _Bench:
             policy = replace(full_depth(self.exits), mode="propagate")
             full = [run.tokens for run in self.run(test, policy, "full-depth text", labels=False)]
 
+        layers = len(layers_of(self.model))
+        depths = {"0": float(layers)}
+
         def losses(column: int) -> NDArray[np.float64]:
             member = self.family.member(path.knobs[column])
-            title = f"testing member {column} of {len(path.knobs) - 1}"
-            return self.loss.of(self.run(test, member, title), full, test.references)
+            runs = self.run(test, member, f"testing member {column} of {len(path.knobs) - 1}")
+            depths[str(column)] = mean_run_depth(runs, self.exits.layers, layers)
+            return self.loss.of(runs, full, test.references)
 
         result = control_risk(
             losses,
@@ -416,6 +421,12 @@ class _Bench:
             unit="prompt",
         )
         certificate = _completed(result.certificate, facts)
+        walked = {
+            "mean_depth": depths,
+            "knobs": [str(knob) for knob in path.knobs],
+            "predicted": [float(value) for value in path.predicted],
+        }
+        certificate = replace(certificate, evidence=certificate.evidence | walked)
         if result.index is None:
             return replace(self.family.member(path.knobs[0]), certificate=certificate)
         columns = [j for j in np.flatnonzero(result.certified) if j > 0]
@@ -467,6 +478,13 @@ class _Bench:
         never = float("inf") if isinstance(self.family.rule, Threshold) else None
         safe = full_depth(self.exits) if never is None else self.family.member(never)
         return replace(safe, mode=self.family.mode, certificate=_completed(certificate, facts))
+
+
+def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> float:
+    """Mean number of layers behind a token, the first of each text not counted."""
+    depth = np.array([*exits, layers], dtype=np.float64)
+    later = np.concatenate([run.stages[1:] for run in runs])
+    return float(depth[later].mean()) if later.size else float(layers)
 
 
 def _completed(certificate: Certificate, facts: _Facts) -> Certificate:

@@ -72,6 +72,30 @@ def stage_seconds(
     return np.asarray(np.cumsum(run) + np.median(heads))
 
 
+@torch.no_grad()
+def layer_and_head_seconds(model: PreTrainedModel, *, repeats: int = 15) -> tuple[float, float]:
+    """Seconds of one layer and of the readout for one token of one row, medians of repetitions."""
+    executor = executor_for(model)
+    device = model.device
+    slots = _CONTEXT + 1
+    positions = torch.arange(slots, device=device)[None]
+    executor.begin(batch_size=1, max_length=slots, padding=None, positions=positions)
+    try:
+        prompt = torch.ones(1, _CONTEXT, dtype=torch.int64, device=device)
+        executor.run(0, executor.layers, executor.embed(prompt, 0), 0)
+        hidden = executor.embed(prompt[:, :1], _CONTEXT)
+        stack, head = [], []
+        for _ in range(repeats):
+            executor.truncate(_CONTEXT)
+            stack.append(
+                seconds(_bound(executor.run, 0, executor.layers, hidden, _CONTEXT), device)
+            )
+            head.append(seconds(_bound(executor.readout, hidden[:, -1]), device))
+    finally:
+        executor.end()
+    return float(np.median(stack)) / executor.layers, float(np.median(head))
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of a piece of work, the device's own included."""
     if device.type == "cuda":

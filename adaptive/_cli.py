@@ -1,0 +1,246 @@
+"""The command line: ``adaptive demo | calibrate | generate | inspect``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from adaptive.calibration import CertificateError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Early exits that keep their promise: calibrate a stopping policy, then generate with it.",
+)
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+_Model = Annotated[
+    str, typer.Option("--model", help="Directory or hub name of a causal language model.")
+]
+
+
+@app.callback()
+def _start(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what is being done.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+@app.command()
+def demo(
+    risk: Annotated[float, typer.Option(help="Promised share of tokens that may differ.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="Probability that calibration is misled.")] = 0.05,
+    units: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 360,
+    fresh: Annotated[int, typer.Option(help="Fresh prompts to check on.")] = 160,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 32,
+    out: Annotated[Path, typer.Option(help="Where policies and the plot are written.")] = Path(
+        "adaptive-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quiet: _Quiet = False,
+) -> None:
+    """Keep the whole promise on real text: calibrate the shipped model and check on fresh prompts."""
+    _check(risk, delta)
+    _at_least("units", units, 2)
+    _at_least("fresh", fresh, 2)
+    from adaptive._demo import run_demo
+
+    run_demo(
+        risk=risk,
+        delta=delta,
+        units=units,
+        fresh=fresh,
+        new_tokens=new_tokens,
+        out=out,
+        rng=seed,
+        progress=not quiet,
+        console=Console(),
+    )
+
+
+@app.command()
+def calibrate(
+    model: _Model,
+    prompts: Annotated[
+        Path, typer.Option(help="Text file (a prompt a line) or JSONL with `prompt` or `messages`.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory for the policy (and for exits trained here).")
+    ],
+    risk: Annotated[float, typer.Option(help="Promised risk.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="Probability that calibration is misled.")] = 0.05,
+    loss: Annotated[
+        str, typer.Option(help="disagreement, departure, token_f1, rouge_l or edit.")
+    ] = "disagreement",
+    mode: Annotated[str, typer.Option(help="exact, propagate, or auto.")] = "auto",
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Device, such as cuda.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quiet: _Quiet = False,
+) -> None:
+    """Certify the cheapest stopping policy for a model on prompts of yours."""
+    _check(risk, delta)
+    items = read_prompts(prompts)
+    from adaptive._calibrate import calibrate as certify
+    from adaptive._exits import get_exits
+
+    loaded, tokenizer = _load(model)
+    had_exits = get_exits(loaded) is not None
+    policy = certify(
+        loaded,
+        items,
+        risk,
+        delta,
+        loss=loss,  # type: ignore[arg-type]
+        mode=None if mode == "auto" else mode,  # type: ignore[arg-type]
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        tokenizer=tokenizer,
+        device=device,
+        rng=seed,
+        progress=not quiet,
+    )
+    exits = get_exits(loaded)
+    if not had_exits and exits is not None:
+        exits.save_pretrained(out)
+    path = policy.save_pretrained(out)
+    console = Console()
+    console.print(str(policy.certificate))
+    console.print(f"Written to {path}.")
+
+
+@app.command()
+def generate(
+    model: _Model,
+    policy: Annotated[Path, typer.Option(help="Directory of a saved policy.")],
+    prompt: Annotated[str, typer.Option(help="The prompt.")],
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Go on where the certificate does not apply.")
+    ] = False,
+) -> None:
+    """Generate text under a saved policy."""
+    _at_least("new_tokens", new_tokens, 1)
+    from adaptive._exits import attach_exits
+    from adaptive._generate import generate as decode
+    from adaptive._output import AdaptiveOutput
+    from adaptive.policies import Policy
+
+    saved = Policy.from_pretrained(policy)
+    loaded, tokenizer = _load(model)
+    if (policy / "exits.json").is_file():
+        attach_exits(loaded, policy)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise InvalidArgumentError("prompt", prompt, "a text of at least one token")
+    output = decode(
+        loaded,
+        **inputs,
+        policy=saved,
+        certified=not uncertified,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, AdaptiveOutput)
+    typer.echo(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    layers = loaded.config.num_hidden_layers
+    state = "certified" if output.certified else "not certified"
+    typer.echo(f"[mean depth {output.mean_depth:.2f} of {layers} layers, {state}]", err=True)
+
+
+@app.command()
+def inspect(
+    policy: Annotated[
+        Path, typer.Argument(help="Directory of a saved policy, or its policy.json.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole certificate as JSON.")
+    ] = False,
+) -> None:
+    """Say what a saved policy's certificate promises, and on what evidence."""
+    from adaptive.policies import Policy
+
+    saved = Policy.from_pretrained(policy)
+    certificate = saved.certificate
+    if certificate is None:
+        raise CertificateError(f"the policy in {policy} has no certificate")
+    if as_json:
+        typer.echo(certificate.to_json())
+        return
+    console = Console()
+    console.print(certificate.statement())
+    console.print(f"rule: {saved.rule}; mode: {saved.mode}; asked at exits {saved.stages}")
+    for title, values in (
+        ("decoding", certificate.decoding),
+        ("fingerprints", certificate.fingerprints),
+        ("versions", certificate.versions),
+    ):
+        console.print(
+            f"{title}: " + ", ".join(f"{name} = {value}" for name, value in values.items())
+        )
+    console.print(f"created: {certificate.created}")
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """Read prompts from a file: a line each, or one JSON value a line for ``.jsonl``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such file, it is empty, or a line is not JSON where it should be.
+    """
+    if not path.is_file():
+        raise InvalidArgumentError("prompts", str(path), "an existing file")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError("prompts", str(path), "text in UTF-8") from error
+    if not lines:
+        raise InvalidArgumentError("prompts", str(path), "a file with at least one prompt")
+    if path.suffix != ".jsonl":
+        return lines
+    items = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            items.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InvalidArgumentError(
+                "prompts", f"line {number} of {path}", "a JSON value on every line"
+            ) from error
+    return items
+
+
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer as any Hugging Face model is loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidArgumentError(
+            "model", name, f"a causal language model that can be loaded ({reason})"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _check(risk: float, delta: float) -> None:
+    for name, value in (("risk", risk), ("delta", delta)):
+        if not 0 < value < 1:
+            raise InvalidArgumentError(name, value, "in (0, 1)")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidArgumentError(name, value, f"an integer >= {least}")

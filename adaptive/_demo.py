@@ -1,0 +1,276 @@
+"""The main job on real text: calibrate the shipped model, then check the promise on fresh prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from adaptive._calibrate import calibrate, mean_run_depth
+from adaptive._deployment import Deployment
+from adaptive._display import RiskPathDisplay, save_figure
+from adaptive._exits import require_exits
+from adaptive._families import layers_of
+from adaptive._generate import generate
+from adaptive._inputs import Units, read_units
+from adaptive._output import AdaptiveOutput
+from adaptive._runs import full_depth, run_units
+from adaptive._stdlib import held_out_functions
+from adaptive._timing import layer_and_head_seconds
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies import Mode, Policy
+
+#: The model that comes with the package.
+SHIPPED = Path(__file__).parent / "shipped"
+_POOL = "functions of held-out modules of the Python standard library"
+_COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One row of the table."""
+
+    mode: Mode
+    policy: Policy
+    bound: float | None
+    realised: float
+    error: float
+    depth: float
+    ideal: float
+    tokens_per_second: float
+    full_tokens_per_second: float
+
+
+def load_shipped() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the shipped model in float32, as any saved model is loaded."""
+    if not (SHIPPED / "model.safetensors").is_file():
+        raise InvalidArgumentError("model", str(SHIPPED), "an installation with the shipped model")
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(SHIPPED)
+
+
+def run_demo(
+    *,
+    risk: float,
+    delta: float,
+    units: int,
+    fresh: int,
+    new_tokens: int,
+    out: Path,
+    rng: int,
+    progress: bool,
+    console: Console,
+) -> None:
+    """Calibrate in both modes, measure on fresh prompts, print a table, a text and a plot."""
+    started = time.perf_counter()
+    model, tokenizer = load_shipped()
+    prompts = [
+        prompt.text for prompt in held_out_functions(units + fresh, rng=np.random.default_rng(rng))
+    ]
+    if len(prompts) < units + fresh:
+        raise InvalidArgumentError(
+            "units", units + fresh, f"at most {len(prompts)} functions in all"
+        )
+    console.print(
+        f"Model: {model.config.num_hidden_layers} layers, exits after {require_exits(model).layers}; "
+        f"{units} prompts to calibrate on, {fresh} fresh ones to check, {new_tokens} new tokens each."
+    )
+    reading = {"model": model, "tokenizer": tokenizer}
+    later = read_units(prompts[units:], **reading)
+    deployment = Deployment(
+        new_tokens=new_tokens, batch_size=16, generation={"do_sample": False}, seed=rng
+    )
+    outcomes = []
+    for mode in ("exact", "propagate"):
+        console.print(f"\n[bold]Calibrating in `{mode}` mode[/bold]")
+        policy = calibrate(
+            model,
+            prompts[:units],
+            risk,
+            delta,
+            mode=mode,
+            pool=_POOL,
+            new_tokens=new_tokens,
+            batch_size=16,
+            tokenizer=tokenizer,
+            rng=rng,
+            progress=progress,
+        )
+        assert policy.certificate is not None
+        console.print(str(policy.certificate), style="dim")
+        outcomes.append(_measured(model, later, policy, deployment, progress))
+    console.print()
+    console.print(_table(outcomes, risk, delta))
+    best = max(outcomes, key=lambda outcome: outcome.tokens_per_second)
+    console.print(_completion(model, tokenizer, later, best.policy, new_tokens))
+    out.mkdir(parents=True, exist_ok=True)
+    for outcome in outcomes:
+        outcome.policy.save_pretrained(out / outcome.mode)
+    written = _plot(outcomes, out)
+    console.print(
+        f"Policies in {out}; " + (f"plot in {written}. " if written else "no plot. "), end=""
+    )
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.")
+
+
+def _measured(
+    model: PreTrainedModel, fresh: Units, policy: Policy, deployment: Deployment, progress: bool
+) -> _Outcome:
+    """Risk and depth on fresh prompts, and speed beside full depth, one prompt at a time."""
+    runs = run_units(
+        model, fresh, policy, deployment=deployment, progress=progress, description="fresh prompts"
+    )
+    losses = np.array([run.disagreement for run in runs])
+    exits = require_exits(model)
+    depth = mean_run_depth(runs, exits.layers, len(layers_of(model)))
+    layer, head = layer_and_head_seconds(model)
+    layers = len(layers_of(model))
+    certificate = policy.certificate
+    assert certificate is not None
+    bound = certificate.evidence.get("upper_bound", {}).get(certificate.loss)
+    full, early = _speeds(model, fresh, [full_depth(exits), policy], deployment, progress)
+    return _Outcome(
+        mode=policy.mode,
+        policy=policy,
+        bound=bound if certificate.holds else None,
+        realised=float(losses.mean()),
+        error=float(losses.std(ddof=1) / np.sqrt(losses.size)),
+        depth=depth,
+        ideal=(layers * layer + head) / (depth * layer + head),
+        tokens_per_second=early,
+        full_tokens_per_second=full,
+    )
+
+
+def _speeds(
+    model: PreTrainedModel,
+    fresh: Units,
+    policies: Sequence[Policy],
+    deployment: Deployment,
+    progress: bool,
+) -> list[float]:
+    """Tokens per second of each policy, taking turns over the same prompts."""
+    from tqdm.auto import tqdm
+
+    spent, tokens = np.zeros(len(policies)), np.zeros(len(policies))
+    few = fresh.prompts[:16]
+    for index, prompt in enumerate(tqdm(few, desc="timing", unit="prompt", disable=not progress)):
+        ids = torch.tensor([prompt])
+        for column, policy in enumerate(policies):
+            start = time.perf_counter()
+            sequence = generate(
+                model,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                policy=replace(policy, certificate=None),
+                **deployment.arguments([index]),
+            )
+            spent[column] += time.perf_counter() - start
+            assert isinstance(sequence, torch.Tensor)
+            tokens[column] += sequence.shape[1] - ids.shape[1]
+    return [float(value) for value in tokens / spent]
+
+
+def _table(outcomes: Sequence[_Outcome], risk: float, delta: float) -> Table:
+    table = Table(title="Share of tokens that differ from the full model's choice, per prompt")
+    for title in (
+        "mode",
+        "promised risk",
+        "upper bound",
+        "realised, fresh",
+        "mean depth",
+        "ideal speed-up",
+        "realised",
+        "tokens/s",
+        "full depth",
+    ):
+        table.add_column(title, justify="left" if title == "mode" else "right")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.mode,
+            f"{risk:g} at {1 - delta:.0%}",
+            "full depth" if outcome.bound is None else f"{outcome.bound:.4f}",
+            f"{outcome.realised:.4f} ± {outcome.error:.4f}",
+            f"{outcome.depth:.2f}",
+            f"x{outcome.ideal:.2f}",
+            f"x{outcome.tokens_per_second / outcome.full_tokens_per_second:.2f}",
+            f"{outcome.tokens_per_second:.0f}",
+            f"{outcome.full_tokens_per_second:.0f}",
+        )
+    return table
+
+
+def _completion(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fresh: Units,
+    policy: Policy,
+    new_tokens: int,
+) -> Text:
+    """One fresh prompt's text, each token in the colour of its exit."""
+    ids = torch.tensor([min(fresh.prompts, key=len)])
+    output = generate(
+        model,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        policy=policy,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, AdaptiveOutput)
+    assert output.exit_stages is not None
+    stops = [*require_exits(model).layers, model.config.num_hidden_layers]
+    text = Text("\nOne completion, coloured by the layers behind each token: ")
+    for stage, layers in enumerate(stops):
+        text.append(f" {layers} ", style=f"reverse {_COLOURS[stage % len(_COLOURS)]}")
+        text.append(" ")
+    text.append("\n\n" + tokenizer.decode(ids[0], skip_special_tokens=True), style="dim")
+    for token, stage in zip(
+        output.sequences[0, ids.shape[1] :].tolist(), output.exit_stages[0].tolist(), strict=True
+    ):
+        text.append(
+            tokenizer.decode([token], skip_special_tokens=True),
+            style=_COLOURS[stage % len(_COLOURS)],
+        )
+    return text.append("\n")
+
+
+def _plot(outcomes: Sequence[_Outcome], out: Path) -> Path | None:
+    """Write risk and depth along each mode's path; ``None`` without matplotlib or tested members."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return None
+    tested = [outcome for outcome in outcomes if "mean_depth" in _evidence(outcome.policy)]
+    if not tested:
+        return None
+    figure, axes = pyplot.subplots(
+        1, len(tested), figsize=(6.4 * len(tested), 4.0), layout="constrained", squeeze=False
+    )
+    for ax, outcome in zip(axes[0], tested, strict=True):
+        assert outcome.policy.certificate is not None
+        RiskPathDisplay.from_certificate(outcome.policy.certificate).plot(ax=ax)
+        ax.set_title(f"`{outcome.mode}` mode")
+    path = out / "risk_path.png"
+    save_figure(axes[0][0], path)
+    pyplot.close(figure)
+    return path
+
+
+def _evidence(policy: Policy) -> dict[str, Any]:
+    return {} if policy.certificate is None else policy.certificate.evidence

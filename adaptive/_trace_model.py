@@ -1,0 +1,88 @@
+"""``collect_trace``: a trace of a model's exits from prompts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaptive._collect import collect
+from adaptive._deployment import Deployment
+from adaptive._exits import require_exits
+from adaptive._inputs import read_units
+from adaptive._runs import full_depth, run_units
+from adaptive._tier import Tier
+from adaptive.calibration import Trace
+from adaptive.policies import AbstractScore
+
+
+def collect_trace(
+    model: PreTrainedModel,
+    dataset: Any,
+    *,
+    score: AbstractScore | None = None,
+    new_tokens: int = 64,
+    batch_size: int = 8,
+    column: str | None = None,
+    groups: Sequence[Any] | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tier: Tier | None = None,
+    rng: int = 0,
+    progress: bool = True,
+    **generation: Any,
+) -> Trace:
+    """Generate every prompt's text at full depth and trace the exits along it.
+
+    Batch size, padding and the other prompts never change a value beyond rounding.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With exits.
+    dataset
+        Prompts, as for :func:`calibrate`; equal prompts count once.
+    score : AbstractScore, optional
+        What is read at every exit; the probe's score by default.
+    new_tokens, batch_size, column, groups, tokenizer, tier, rng, progress, **generation
+        As for :func:`calibrate`.
+
+    Returns
+    -------
+    Trace
+        Scores and disagreement with the full model per token and exit, measured costs per stage;
+        columns ``answers``, ``choices``, ``emitted`` and ``positions``.
+
+    Raises
+    ------
+    NoExitsError
+        If the model has no exits.
+    """
+    exits = require_exits(model)
+    generation.setdefault("do_sample", False)
+    deployment = Deployment(
+        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=rng
+    )
+    units = read_units(
+        dataset, model=model, tokenizer=tokenizer, column=column, groups=groups
+    ).distinct()
+    runs = run_units(
+        model,
+        units,
+        replace(full_depth(exits), mode="propagate"),
+        deployment=deployment,
+        labels=False,
+        tier=tier,
+        progress=progress,
+        description="full-depth text",
+    )
+    return collect(
+        model,
+        units,
+        [run.tokens for run in runs],
+        deployment=deployment,
+        score=score,
+        progress=progress,
+        tier=tier,
+    )

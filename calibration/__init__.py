@@ -30,12 +30,22 @@ from adaptive.calibration._binomial import (
     ratio_log_p,
 )
 from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._confidence_sequence import (
+    BettingSequence,
+    EmpiricalBernsteinSequence,
+    gamma_exponential_boundary,
+    normal_mixture_boundary,
+)
 from adaptive.calibration._conformal import (
     ConformalResult,
     conformal_minimum_units,
     conformal_risk_control,
 )
 from adaptive.calibration._control import RiskControlResult, control_risk
+from adaptive.calibration._eprocess import (
+    EProcessState,
+    MeanEProcess,
+)
 from adaptive.calibration._errors import (
     AdaptiveError,
     CertificateError,
@@ -43,6 +53,12 @@ from adaptive.calibration._errors import (
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedError,
+)
+from adaptive.calibration._evalues import (
+    average_e,
+    e_to_log_p,
+    multiply_e,
+    p_to_log_e,
 )
 from adaptive.calibration._exit_rates import (
     consistency_threshold,
@@ -65,6 +81,11 @@ from adaptive.calibration._hoeffding import (
     hoeffding_upper_bound,
     kl_hoeffding_log_p,
     kl_hoeffding_upper_bound,
+)
+from adaptive.calibration._ledger import (
+    BudgetSpentError,
+    DeltaLedger,
+    LedgerEntry,
 )
 from adaptive.calibration._mixture import (
     LossHistogram,
@@ -110,6 +131,19 @@ from adaptive.calibration._risk_curve import (
     stop_stages,
 )
 from adaptive.calibration._risk_test import AbstractRiskTest
+from adaptive.calibration._sequential_control import (
+    ColumnRecord,
+    SequentialResult,
+    Verdict,
+    control_sequentially,
+)
+from adaptive.calibration._sprt import (
+    SPRT,
+    OperatingCharacteristics,
+    SPRTState,
+    TruncatedSPRT,
+    truncated_sprt,
+)
 from adaptive.calibration._sum_tests import (
     Bentkus,
     BetaMixture,
@@ -124,6 +158,7 @@ from adaptive.calibration._trace import Trace
 from adaptive.calibration._trace_io import load_trace, save_trace
 
 __all__ = [
+    "SPRT",
     "AbstractProcedure",
     "AbstractRiskTest",
     "AdaptiveError",
@@ -131,12 +166,18 @@ __all__ = [
     "BetaCalibration",
     "BetaMixture",
     "BetaMixtureModel",
+    "BettingSequence",
     "Bonferroni",
+    "BudgetSpentError",
     "Certificate",
     "CertificateError",
     "CertificateMismatchError",
+    "ColumnRecord",
     "ConformalResult",
+    "DeltaLedger",
     "DepartureCurve",
+    "EProcessState",
+    "EmpiricalBernsteinSequence",
     "ExactBinomial",
     "FixedSequence",
     "Graph",
@@ -149,22 +190,30 @@ __all__ = [
     "InvalidTypeError",
     "Isotonic",
     "KLHoeffding",
+    "LedgerEntry",
     "LossHistogram",
     "MaurerPontil",
+    "MeanEProcess",
     "MixtureBets",
     "NormalApproximation",
+    "OperatingCharacteristics",
     "Platt",
     "PredictableBets",
     "ReliabilityCurve",
     "RiskControlResult",
     "RiskCurve",
+    "SPRTState",
+    "SequentialResult",
     "TargetBets",
     "Temperature",
     "Trace",
+    "TruncatedSPRT",
     "UnsupportedError",
     "UpperBoundWalk",
+    "Verdict",
     "agrapa_log_p",
     "agrapa_upper_bound",
+    "average_e",
     "bentkus_log_p",
     "bentkus_upper_bound",
     "beta_from_likelihood",
@@ -181,7 +230,9 @@ __all__ = [
     "consistency_threshold",
     "constant_bet_log_wealth",
     "control_risk",
+    "control_sequentially",
     "departure_curve",
+    "e_to_log_p",
     "exit_rate_rank",
     "exit_rate_threshold",
     "expected_calibration_error",
@@ -193,6 +244,7 @@ __all__ = [
     "fit_platt",
     "fit_temperature",
     "fixed_sequence",
+    "gamma_exponential_boundary",
     "graphical",
     "hoeffding_bentkus_log_p",
     "hoeffding_bentkus_upper_bound",
@@ -210,9 +262,12 @@ __all__ = [
     "minimum_units",
     "mixture_log_p",
     "mixture_upper_bound",
+    "multiply_e",
     "negative_log_likelihood",
     "normal_log_p",
+    "normal_mixture_boundary",
     "normal_upper_bound",
+    "p_to_log_e",
     "plan_units",
     "ratio_log_p",
     "reliability_curve",
@@ -223,6 +278,7 @@ __all__ = [
     "star_upper_bound",
     "stop_stages",
     "survivor_thresholds",
+    "truncated_sprt",
     "wsr_log_p",
     "wsr_upper_bound",
 ]

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from adaptive.calibration import (
-    BetaMixture,
+    BetaMixtureModel,
     InvalidArgumentError,
     Trace,
     beta_from_moments,
@@ -244,9 +244,10 @@ def _labelled(
     return _shapes(fit_labelled_mixture(given, label, estimator=estimator))
 
 
-def _shapes(mixture: BetaMixture) -> Shapes:
+def _shapes(mixture: BetaMixtureModel) -> Shapes:
     return mixture.weights, mixture.alpha, mixture.beta
 
 
-def _mixture(shapes: Shapes) -> BetaMixture:
-    return BetaMixture(*shapes)
+def _mixture(shapes: Shapes) -> BetaMixtureModel:
+    weights, alpha, beta = shapes
+    return BetaMixtureModel(weights=weights, alpha=alpha, beta=beta)

@@ -32,7 +32,12 @@ def oracle_stages(
 
     Examples
     --------
-    >>> trace = Trace([[0.1, 0.2]], {"disagreement": [[1, 0]]}, [1.0, 2.0, 4.0], "FLOPs")
+    >>> trace = Trace(
+    ...     scores=[[0.1, 0.2]],
+    ...     losses={"disagreement": [[1, 0]]},
+    ...     costs=[1.0, 2.0, 4.0],
+    ...     cost_quantity="FLOPs",
+    ... )
     >>> oracle_stages(trace).tolist()
     [1]
     """

@@ -119,7 +119,7 @@ class Phases(AbstractSchedule):
 
     def threshold(self, base: Tensor, features: Features, tables: State) -> Tensor:
         """Float32 [batch]."""
-        phase = torch.bucketize(features.position, tables["starts"], right=True)
+        phase = torch.bucketize(features.position.contiguous(), tables["starts"], right=True)
         return base + tables["offsets"][phase]
 
 
@@ -168,7 +168,7 @@ class ScheduledThreshold(AbstractRule):
         scores = np.asarray(trace.scores, dtype=np.float32)
         best = np.full(scores.shape[0], -np.inf, dtype=np.float32)
         for stage in range(scores.shape[1]):
-            here = Features(stage=stage, position=torch.from_numpy(positions_of(trace)))
+            here = Features(stage=stage, position=torch.from_numpy(positions_of(trace).copy()))
             best = np.fmax(best, self._critical(here, torch.from_numpy(scores[:, stage].copy())))
         return knob_path(best, size=size)
 

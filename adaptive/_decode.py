@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList
 from adaptive._choose import Chooser
 from adaptive._exits import Exits
 from adaptive._stack import AbstractStack, ExactStack
-from adaptive.policies import Policy, State
+from adaptive.policies import Policy, State, keyed_noise
 
 _LABEL_CHUNK = 32
 
@@ -46,6 +46,13 @@ class Job:
         Settle at the end and compare every token with the full model's choice.
     keep_scores, keep_logits : bool
         Keep processed scores and raw logits of every token.
+    keys : Tensor, int64 [batch]
+        Key of each row's unit, for rules that read noise.
+    seed : int
+        Seed of that noise.
+    resumed : Tensor, int64 [batch], optional
+        Goes on with texts that were begun: how many tokens at the end of each prompt are the
+        run's own. Their keys and values must be the full model's (``exact`` mode).
     """
 
     policy: Policy
@@ -63,6 +70,9 @@ class Job:
     labels: bool
     keep_scores: bool
     keep_logits: bool
+    keys: Tensor
+    seed: int
+    resumed: Tensor | None = None
 
 
 class Record:
@@ -121,7 +131,11 @@ def decode(job: Job) -> Record:
     """Generate in ``exact`` or ``propagate`` mode: every token is final when it is chosen."""
     record = Record(job)
     job.stack.keep_finals = job.labels
-    going = first_token(job, record)
+    if job.resumed is None:
+        going = first_token(job, record)
+    else:
+        job.stack.prefill(job.prompt[:, :-1])
+        going = True
     state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
     while going:
         step, state = walk(job, record, state, record.unfinished)
@@ -150,6 +164,11 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
     hidden = stack.first(record.ids[:, slot], slot)
     batch = hidden.shape[0]
     position = torch.full((batch,), record.generated, dtype=torch.int64, device=hidden.device)
+    if job.resumed is not None:
+        position = position + job.resumed
+    noise = None
+    if "noise" in policy.needs:
+        noise = keyed_noise(job.keys, position, seed=job.seed)
     running = active
     stages = torch.full_like(position, len(exits.layers))
     exit_scores = torch.full((batch,), float("nan"), device=hidden.device)
@@ -168,6 +187,7 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
                 position=position,
                 readout=stack.executor.readout,
             )
+            features = replace(features, running=running, noise=noise)
             stop, score, state = policy.update(features, state)
             stop = stop & running
             exit_scores = torch.where(running, score.float(), exit_scores)
@@ -202,18 +222,19 @@ def first_token(job: Job, record: Record) -> bool:
 
 def _label(job: Job, record: Record) -> None:
     """Compare every generated token with the full model's choice after the same prefix."""
-    if record.generated < 2:
+    # the prompt's own pass decides the first token, unless the text had been begun before
+    decided = 1 if job.resumed is None else 0
+    if record.generated <= decided:
         return
     finals = job.stack.take_finals()
     for offset in range(0, finals.shape[1], _LABEL_CHUNK):
         hidden = finals[:, offset : offset + _LABEL_CHUNK]
-        slot = record.start + offset
-        chosen = job.chooser.each(
-            record.ids, job.stack.executor.readout(hidden), slot, record.start
-        )
+        at = slice(offset + decided, offset + decided + hidden.shape[1])
+        slot = record.start + offset + decided - 1
+        readout = job.stack.executor.readout
+        chosen = job.chooser.each(record.ids, readout(hidden), slot, record.start)
         emitted = record.ids[:, slot + 1 : slot + 1 + hidden.shape[1]]
-        agree = (chosen == emitted).to(torch.int8)
-        record.agreement[:, offset + 1 : offset + 1 + hidden.shape[1]] = agree
+        record.agreement[:, at] = (chosen == emitted).to(torch.int8)
     # a token read at full depth is the full model's choice; a second product may round otherwise
     record.agreement[record.stages == len(job.exits.layers)] = 1
     record.agreement[record.stages < 0] = -1

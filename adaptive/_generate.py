@@ -43,9 +43,7 @@ from adaptive.calibration import (
 from adaptive.policies import Policy
 
 RandomMode = Literal["generate", "keyed"]
-_NO_ASSISTANT = (
-    "`assistant_model` is not supported under a policy (mode='verify' speculates with the model itself)"
-)
+_NO_ASSISTANT = "`assistant_model` is not supported under a policy (mode='verify' speculates with the model itself)"
 #: Most slots an inbox holds by default: long enough to batch well, short enough to bound a settle.
 _MAX_PENDING = {"exact": 32, "propagate": 32, "verify": 8}
 #: Keyword arguments that transformers passes to every decoding method and that change nothing here.
@@ -68,6 +66,7 @@ def generate(
     random: RandomMode = "generate",
     units: Tensor | None = None,
     seed: int = 0,
+    resumed: Tensor | None = None,
     max_pending: int | None = None,
     tier: Tier | None = None,
     **model_kwargs: Any,
@@ -103,6 +102,10 @@ def generate(
         Number of each row's unit for ``random="keyed"``; 0, 1, 2, ... if not given.
     seed : int
         Seed for ``random="keyed"``.
+    resumed : Tensor, int64 [batch], optional
+        Goes on with begun texts: how many tokens at the end of each prompt are the run's own. The
+        policy then decides about every new token, at the position it has in the whole text. For
+        greedy decoding without processors in ``exact`` mode, and rules without memory.
     max_pending : int, optional
         Most tokens that may wait for deeper layers. Changes time, never tokens. At least 1.
     tier : {"native", "generic"}, optional
@@ -138,6 +141,7 @@ def generate(
         "random": random,
         "units": units,
         "seed": seed,
+        "resumed": resumed,
         "max_pending": max_pending,
         "tier": tier,
     }
@@ -338,6 +342,9 @@ def _job(
         labels=details,
         keep_scores=details and bool(config.output_scores),
         keep_logits=details and bool(config.output_logits),
+        keys=_unit_keys(own, input_ids).to(input_ids.device),
+        seed=own["seed"],
+        resumed=_resumed(own, config, processors, input_ids),
     )
 
 
@@ -352,13 +359,38 @@ def _noise(
         return None
     if own["random"] == "generate":
         return StreamNoise()
+    return KeyedNoise(_unit_keys(own, input_ids), own["seed"])
+
+
+def _unit_keys(own: dict[str, Any], input_ids: Tensor) -> Tensor:
+    """Number of each row's unit, int64 ``[batch]``."""
     batch = input_ids.shape[0]
     units = torch.arange(batch) if own["units"] is None else torch.as_tensor(own["units"])
     if units.shape != (batch,):
         raise InvalidArgumentError(
             "units", tuple(units.shape), f"one number per row, shape ({batch},)"
         )
-    return KeyedNoise(units, own["seed"])
+    return units.to(torch.int64)
+
+
+def _resumed(
+    own: dict[str, Any],
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    input_ids: Tensor,
+) -> Tensor | None:
+    """Check that begun texts can be gone on with."""
+    if own["resumed"] is None:
+        return None
+    plain = not config.do_sample and not processors and own["policy"].mode == "exact"
+    counts = torch.as_tensor(own["resumed"]).to(input_ids.device)
+    if not plain or counts.shape != (input_ids.shape[0],) or bool((counts < 1).any()):
+        raise InvalidArgumentError(
+            "resumed",
+            own["resumed"],
+            "one count >= 1 per row, with greedy decoding, no processors and mode 'exact'",
+        )
+    return counts
 
 
 def _output(job: Job, record: Record, mismatches: tuple[str, ...]) -> AdaptiveOutput:

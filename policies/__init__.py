@@ -1,4 +1,38 @@
-"""Scores and stopping rules on torch tensors: any device, batched, state in and state out."""
+"""Scores and stopping rules on torch tensors: any device, batched, state in and state out.
+
+A policy is a score, a rule and the exits at which it is asked. Everything here works with
+everything else: any score under any rule, offline over a trace (`exit_stages`), online in a loop
+(`Policy.update`), certified by the same machinery. A rule of your own needs four methods, and then
+saves to JSON, runs in the loop and is certified like the others:
+
+>>> import math
+>>> from dataclasses import dataclass, replace
+>>> import numpy as np
+>>> import torch
+>>> @dataclass(frozen=True)
+... class TwiceConfident(AbstractRule):
+...     threshold: float = math.inf
+...
+...     def init(self, batch_size, *, device):
+...         return {"t": torch.tensor(self.threshold, device=device)}
+...
+...     def decide(self, features, score, state):
+...         return (score >= state["t"]) & (features.stage % 2 == 1), state
+...
+...     def with_knob(self, knob):
+...         return replace(self, threshold=knob)
+...
+...     def knobs(self, trace, *, size):
+...         levels = np.linspace(0.99, 0.0, size - 1)
+...         return (math.inf, *np.quantile(trace.scores, levels).tolist())
+>>> policy = Policy(ProbeScore(), TwiceConfident(0.9), stages=(0, 1, 2))
+>>> Policy.from_dict(policy.to_dict()) == policy
+True
+
+What a rule must keep: decide on device tensors alone (no branch on their values, fixed shapes),
+never stop on a NaN score, never stop early at an infinite knob, list knobs from safest to
+cheapest, and override ``advance`` if it remembers anything within a token only.
+"""
 
 from adaptive.policies._agreement_target import agreement_thresholds, certified_agreement_thresholds
 from adaptive.policies._allocators import (
@@ -41,6 +75,7 @@ from adaptive.policies._halting import (
 from adaptive.policies._noise import keyed_noise, unit_keys
 from adaptive.policies._optimal_stopping import OptimalStopping
 from adaptive.policies._oracle import oracle_stages, regret
+from adaptive.policies._outcome import mean_cost_bound, unit_costs, unit_losses
 from adaptive.policies._patience import (
     AccumulatedConfidence,
     Patience,
@@ -140,6 +175,7 @@ __all__ = [
     "inflated_thresholds",
     "keyed_noise",
     "linear_programme",
+    "mean_cost_bound",
     "members",
     "oracle_stages",
     "regret",
@@ -149,6 +185,8 @@ __all__ = [
     "token_f1_distance",
     "truncated_distribution",
     "two_stage_allocation",
+    "unit_costs",
     "unit_keys",
+    "unit_losses",
     "wald_boundaries",
 ]

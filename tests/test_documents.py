@@ -14,10 +14,38 @@ BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)[^)]*\)")
 
 
+def put_what_readers_bring(folder: Path) -> None:
+    """Write the model and the prompts that the pages speak of: a tiny model, 100 lines."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=letters[0])
+    tokenizer.save_pretrained(folder / "my-model")
+    config = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "my-model")
+    lines = [f"def function_{i}(argument):" for i in range(100)]
+    (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path, monkeypatch) -> None:
     """The blocks of one page share their names, as a reader would type them one after another."""
     monkeypatch.chdir(tmp_path)
+    if "my-model" in page.read_text():
+        put_what_readers_bring(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
     for kind, block in BLOCK.findall(page.read_text()):
         if kind == "python":

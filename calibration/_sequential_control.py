@@ -213,8 +213,9 @@ def control_sequentially(
     certified = np.zeros(n_columns, dtype=bool)
     certified[[0, *passed]] = True
     index = passed[-1] if passed else None
-    names = {"loss": loss, "unit": unit}
-    certificate = _certificate(tuple(records), index, level, upper, delta, n_columns, bets, names)
+    certificate = _certificate(
+        tuple(records), index, level, upper, delta, n_columns, bets, loss=loss, unit=unit
+    )
     return SequentialResult(index, certified, tuple(records), certificate)
 
 
@@ -284,7 +285,9 @@ def _certificate(
     delta: float,
     n_columns: int,
     bets: tuple[float, ...],
-    names: dict[str, str],
+    *,
+    loss: str,
+    unit: str,
 ) -> Certificate:
     last = records[-1]
     notes = []
@@ -303,7 +306,7 @@ def _certificate(
         evidence={
             "losses": [
                 {
-                    "name": names["loss"],
+                    "name": loss,
                     "risk": risk,
                     "bound": bound,
                     "loss_type": "bounded",
@@ -326,5 +329,6 @@ def _certificate(
         ),
         split={"n_test": max(record.units for record in records)},
         notes=tuple(notes),
-        **names,
+        loss=loss,
+        unit=unit,
     )

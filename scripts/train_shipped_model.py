@@ -6,7 +6,7 @@ Run from the repository's root::
     python scripts/train_shipped_model.py export adaptive/shipped
 
 Training resumes from `runs/shipped` after an interruption. The schedule is flat until the last
-fifth of `--steps`, so a run may be shortened or extended: start it again with another `--steps`.
+part of `--steps`, so a run may be shortened or extended: start it again with another `--steps`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Recipe:
     steps: int = 3000
     seed: int = 0
     workers: int = 2
-    rows: int = 4
+    rows: int = 2
+    first_rows: int = 4
+    first_steps: int = 300
     tests: bool = True
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
@@ -74,6 +76,14 @@ class Recipe:
     def rate(self, step: int) -> float:
         """Factor of the learning rate at a step: warm-up, flat, linear to zero."""
         return min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay_steps)
+
+    def blocks(self, step: int, *, rank: int) -> range:
+        """Give the running numbers of the blocks that a worker reads at a step."""
+        rows = self.first_rows if step < self.first_steps else self.rows
+        before = min(step, self.first_steps) * self.first_rows
+        before += max(0, step - self.first_steps) * self.rows
+        start = before * self.workers + rank * rows
+        return range(start, start + rows)
 
     @property
     def decay_steps(self) -> int:
@@ -188,15 +198,25 @@ class Muon:
         self.weight_decay = weight_decay
 
     @torch.no_grad()
-    def step(self, *, rate: float) -> None:
-        """One update with this learning rate."""
+    def step(self, *, rate: float, rank: int, gradients: torch.Tensor) -> None:
+        """One update with this learning rate; the workers share the orthogonalisation.
+
+        `gradients` holds the gradients of all these matrices, and the updates afterwards.
+        """
+        workers = dist.get_world_size()
         for shape, group in self.groups.items():
-            gradients = torch.stack([p.grad for p in group if p.grad is not None])
-            momentum = self.momenta[shape].lerp_(gradients, 0.05)
-            update = orthogonalise(gradients.lerp(momentum, 0.95))
+            stacked = torch.stack([p.grad for p in group if p.grad is not None])
+            momentum = self.momenta[shape].lerp_(stacked, 0.05)
+            mine = stacked.lerp(momentum, 0.95)[rank::workers]
+            stacked.zero_()
+            stacked[rank::workers] = orthogonalise(mine)
+            for parameter, change in zip(group, stacked, strict=True):
+                parameter.grad.copy_(change)
+        dist.all_reduce(gradients)
+        for shape, group in self.groups.items():
             scale = 0.2 * max(shape) ** 0.5 * rate
-            for parameter, change in zip(group, update, strict=True):
-                parameter.mul_(1 - rate * self.weight_decay).sub_(change, alpha=scale)
+            for parameter in group:
+                parameter.mul_(1 - rate * self.weight_decay).sub_(parameter.grad, alpha=scale)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -232,7 +252,7 @@ def losses(
 
 @dataclass(frozen=True)
 class Learner:
-    """Model, optimisers, and all gradients in one row so that workers can average them."""
+    """Model, optimisers, and all gradients in one row, hidden matrices first."""
 
     model: LlamaForCausalLM
     muon: Muon
@@ -244,14 +264,14 @@ def make_learner(recipe: Recipe) -> Learner:
     """Start from the seed: the same weights in every worker."""
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(model_config())
-    gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
-    start = 0
-    for parameter in model.parameters():
-        parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in chosen]
+    gradients = torch.zeros(model.num_parameters())
+    start = 0
+    for parameter in (*hidden, *others):
+        parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
     muon = Muon(hidden, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
     return Learner(model=model, muon=muon, adam=adam, gradients=gradients)
@@ -261,8 +281,7 @@ def backward(
     learner: Learner, recipe: Recipe, *, stream: np.ndarray, step: int, rank: int
 ) -> dict[str, float]:
     """Fill this worker's gradients with its rows of the step."""
-    first = (step * recipe.workers + rank) * recipe.rows
-    tokens = blocks(stream, range(first, first + recipe.rows), seed=recipe.seed)
+    tokens = blocks(stream, recipe.blocks(step, rank=rank), seed=recipe.seed)
     rng = np.random.default_rng([recipe.seed, step, rank])
     layer = int(rng.integers(1, learner.model.config.num_hidden_layers))
     targets = BLOCK - 1
@@ -276,14 +295,15 @@ def backward(
     return {"loss": float(full.detach()), "layer": layer, "exit_loss": float(early.detach())}
 
 
-def update(learner: Learner, recipe: Recipe, *, step: int) -> dict[str, float]:
+def update(learner: Learner, recipe: Recipe, *, step: int, rank: int) -> dict[str, float]:
     """Average and clip the gradients, and take the step."""
     dist.all_reduce(learner.gradients)
     learner.gradients.div_(recipe.workers)
     norm = float(learner.gradients.norm())
     learner.gradients.mul_(min(1.0, recipe.clip / (norm + 1e-6)))
     rate = recipe.learning_rate * recipe.rate(step)
-    learner.muon.step(rate=rate)
+    hidden = sum(momenta.numel() for momenta in learner.muon.momenta.values())
+    learner.muon.step(rate=rate, rank=rank, gradients=learner.gradients[:hidden])
     learner.adam.param_groups[0]["lr"] = rate
     learner.adam.step()
     return {"norm": norm, "rate": rate}
@@ -298,10 +318,14 @@ def work(rank: int, recipe: Recipe, run: Path, port: int) -> None:
     stream = np.load(run / "stream.npy", mmap_mode="r")
     saved = time.monotonic()
     for step in tqdm(
-        range(first, recipe.steps), initial=first, total=recipe.steps, disable=rank > 0
+        range(first, recipe.steps),
+        initial=first,
+        total=recipe.steps,
+        mininterval=20,
+        disable=rank > 0,
     ):
         record = backward(learner, recipe, stream=stream, step=step, rank=rank)
-        record |= update(learner, recipe, step=step)
+        record |= update(learner, recipe, step=step, rank=rank)
         if rank > 0:
             continue
         log(run, step=step, **record)
@@ -353,16 +377,27 @@ def train(
     steps: Annotated[int, typer.Option(min=10, help="Length of the whole schedule.")] = 3000,
     seed: Annotated[int, typer.Option(help="Seed of weights, order of blocks and exits.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
-    rows: Annotated[int, typer.Option(min=1, help="Blocks per worker and step.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Blocks per worker and step.")] = 2,
+    first_steps: Annotated[
+        int, typer.Option(help="So many steps at the start take four blocks.")
+    ] = 300,
     tests: Annotated[bool, typer.Option(help="Train on the `test` package too.")] = True,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    decay_share: Annotated[float, typer.Option(help="Last part of the steps: decay.")] = 0.2,
     run: Annotated[Path, typer.Option(help="Folder of checkpoints and logs.")] = Path(
         "runs/shipped"
     ),
 ) -> None:
     """Train, or go on training."""
     recipe = Recipe(
-        steps=steps, seed=seed, workers=workers, rows=rows, tests=tests, learning_rate=learning_rate
+        steps=steps,
+        seed=seed,
+        workers=workers,
+        rows=rows,
+        first_steps=first_steps,
+        tests=tests,
+        learning_rate=learning_rate,
+        decay_share=decay_share,
     )
     run.mkdir(parents=True, exist_ok=True)
     # Large blocks stay with the allocator: returning them to the system costs a third of the time.
@@ -532,7 +567,10 @@ def card(record: dict[str, Any], *, config: LlamaConfig, size: int) -> str:
         megabytes=size / 1e6,
         block=BLOCK,
         percent=HELD_OUT_PERCENT,
-        options=f"--steps {recipe['steps']} --seed {recipe['seed']}",
+        options=" ".join(
+            f"--{name.replace('_', '-')} {recipe[name]}"
+            for name in ("steps", "first_steps", "seed", "decay_share")
+        ),
         tokens_per_step=recipe["workers"] * recipe["rows"] * BLOCK,
         tests=" and the `test` package" if recipe["tests"] else ", without the `test` package",
         stream=f"{record['stream_tokens']:,}",

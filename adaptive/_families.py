@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,11 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers that run, in order."""
+def layers_of(model: nn.Module) -> list[Any]:
+    """Return the decoder layers that run, in order: modules whose parts differ by family."""
+    config: Any = model.config
     layers = attrgetter(family_of(model).layers)(model)
-    return list(layers)[: model.config.num_hidden_layers]  # type: ignore[union-attr]
+    return list(layers)[: config.num_hidden_layers]
 
 
 class Readout:

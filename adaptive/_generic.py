@@ -41,7 +41,7 @@ class _Phantom(DynamicCache):
             for layer in range(layers):
                 super().update(empty, empty, layer)
 
-    def update(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError(
             "the model writes keys and values outside its decoder layers: its layers cannot be replayed"
         )
@@ -56,7 +56,7 @@ class _Writer(DynamicCache):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> NoReturn:  # type: ignore[override]
+    ) -> NoReturn:
         self._target.update(key_states, value_states, layer_idx)
         raise _Written
 
@@ -224,10 +224,10 @@ def _recorders(
     own = [module.__dict__.get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):
-            module.forward = recorder(index)  # type: ignore[method-assign]
+            module.forward = recorder(index)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):
             module.__dict__.pop("forward", None)
             if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward

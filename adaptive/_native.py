@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class NativeExecutor(AbstractExecutor):
         self._rotary = model.model.rotary_emb
         self._kv, self._kv_bias = _stack_keys_values(modules)
         self._gains = torch.stack([module.input_layernorm.weight.data for module in modules])
-        norms = [getattr(module.self_attn, "k_norm", None) for module in modules]
+        norms: list[Any] = [getattr(module.self_attn, "k_norm", None) for module in modules]
         self._key_gains = (
             None if norms[0] is None else torch.stack([norm.weight.data for norm in norms])
         )
@@ -282,7 +283,7 @@ def _alias(linears: list[nn.Linear], packed: Tensor) -> None:
         row += rows
 
 
-def _stack_keys_values(modules: list[nn.Module]) -> tuple[Tensor, Tensor | None]:
+def _stack_keys_values(modules: list[Any]) -> tuple[Tensor, Tensor | None]:
     """Key and value weights of all layers, ``[layers, 2 * kv width, width]``, and their biases."""
     pairs = [[module.self_attn.k_proj, module.self_attn.v_proj] for module in modules]
     first = pairs[0][0].weight
@@ -296,7 +297,7 @@ def _stack_keys_values(modules: list[nn.Module]) -> tuple[Tensor, Tensor | None]
     return packed, torch.stack([torch.cat([linear.bias.data for linear in pair]) for pair in pairs])
 
 
-def _block(module: nn.Module) -> _Layer:
+def _block(module: Any) -> _Layer:
     attention, feedforward = module.self_attn, module.mlp
     gate, up = feedforward.gate_proj, feedforward.up_proj
     packed = torch.cat([gate.weight.data, up.weight.data])

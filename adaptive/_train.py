@@ -333,7 +333,7 @@ def _fit_translators(
             group["lr"] = rate
         optimizer.zero_grad()
         loss = _translator_loss(learned, slots.states[:, index].to(device), readout)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if (step + 1) % _SAVE_EVERY == 0:
             store.keep_tensors(_progress(step + 1, learned, optimizer))

@@ -401,7 +401,7 @@ def _advance(rules: tuple[AbstractRule, ...], state: State) -> State:
     return state
 
 
-_Combination = TypeVar("_Combination", AllOf, AnyOf)
+_Combination = TypeVar("_Combination", bound=AllOf | AnyOf)
 
 
 def _moved(combination: _Combination, rules: tuple[AbstractRule, ...], knob: float) -> _Combination:

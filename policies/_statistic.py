@@ -64,7 +64,7 @@ class AbstractStatisticRule(AbstractRule):
     def with_knob(self, knob: float) -> Self:
         """Return the same rule at another value of the knob."""
         changes: dict[str, Any] = {self.knob_name: float(knob)}
-        return replace(self, **changes)
+        return replace(self, **changes)  # type: ignore[type-var]  # final rules are dataclasses
 
     def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
         """Infinity, then quantiles of the tokens' largest statistics, from high to low."""

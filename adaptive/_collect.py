@@ -83,7 +83,7 @@ def collect(
             pairs = [(units.prompts[i], texts[i]) for i in index]
             ids, mask = texts_batch(pairs, model.device)
             prepared = deployment.prepared(model, ids[:, : mask.shape[1]], mask)
-            chooser = prepared.chooser(index, deployment.seed)
+            chooser = prepared.chooser([units.ids[i] for i in index], deployment.seed)
             states, readout = full_states(model, ids, mask, exits.layers, tier=tier)
             found = _read(exits, states, readout, ids, mask.shape[1], chooser, score)
             rows.update(zip(index, _split(found, pairs), strict=True))

@@ -177,7 +177,7 @@ def _speeds(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 policy=replace(policy, certificate=None),
-                **deployment.arguments([index]),
+                **deployment.arguments([fresh.ids[index]]),
             )
             spent[column] += time.perf_counter() - start
             assert isinstance(sequence, torch.Tensor)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from adaptive._choose import Chooser, KeyedNoise
 from adaptive._settings import check_processors, decoding_settings
 from adaptive.calibration import InvalidArgumentError
+from adaptive.policies import unit_keys
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Deployment:
         if self.batch_size < 1:
             raise InvalidArgumentError("batch_size", self.batch_size, "an integer >= 1")
 
-    def arguments(self, units: Sequence[int] | NDArray[Any]) -> dict[str, Any]:
-        """Return keyword arguments of ``generate`` for rows that are these units."""
+    def arguments(self, ids: Sequence[str]) -> dict[str, Any]:
+        """Return keyword arguments of ``generate`` for rows that are units with these ids."""
         return dict(self.generation) | {
             "max_new_tokens": self.new_tokens,
             "random": "keyed",
-            "units": torch.as_tensor([int(unit) for unit in units]),
+            "units": unit_keys(ids),
             "seed": self.seed,
         }
 
@@ -94,10 +94,9 @@ class Prepared:
     config: GenerationConfig
     processors: LogitsProcessorList
 
-    def chooser(self, units: Sequence[int] | NDArray[Any], seed: int) -> Chooser:
+    def chooser(self, ids: Sequence[str], seed: int) -> Chooser:
         """Return the configured way from logits to tokens for rows that are these units."""
-        keys = torch.as_tensor([int(unit) for unit in units])
-        noise = KeyedNoise(keys, seed) if self.config.do_sample else None
+        noise = KeyedNoise(unit_keys(ids), seed) if self.config.do_sample else None
         return Chooser(self.processors, noise)
 
     @property

@@ -18,7 +18,7 @@ from adaptive._exits import Exits
 from adaptive._generate import generate
 from adaptive._inputs import Units, batches
 from adaptive._output import AdaptiveOutput
-from adaptive._tier import Tier, executor_for
+from adaptive._tier import Tier
 from adaptive.policies import Policy, Saturation, Threshold
 
 
@@ -99,11 +99,12 @@ def run_units(
                 policy=bare,
                 tier=tier,
                 return_dict_in_generate=True,
-                **deployment.arguments(index),
+                **deployment.arguments([units.ids[i] for i in index]),
             )
             assert isinstance(output, AdaptiveOutput)
             if labels and policy.mode == "propagate":
-                output.agreement = _agreement(model, output, ids, mask, index, deployment, tier)
+                names = [units.ids[i] for i in index]
+                output.agreement = _agreement(model, output, ids, mask, names, deployment, tier)
             found.update(zip(map(int, index), _rows(output, ids.shape[1]), strict=True))
             bar.update(len(index))
     return tuple(found[i] for i in range(len(units)))
@@ -126,7 +127,7 @@ def _agreement(
     output: AdaptiveOutput,
     ids: Tensor,
     mask: Tensor,
-    index: Sequence[int] | NDArray[np.intp],
+    names: Sequence[str],
     deployment: Deployment,
     tier: Tier | None,
 ) -> Tensor:
@@ -139,7 +140,7 @@ def _agreement(
     prepared = deployment.prepared(model, ids, mask)
     text = output.sequences[:, : length - 1]
     states, readout = full_states(model, text, mask, (), tier=tier)
-    chooser = prepared.chooser(index, deployment.seed)
+    chooser = prepared.chooser(names, deployment.seed)
     chosen = choices_along(states[-1], readout, text, prompt, chooser)
     same = (chosen == output.sequences[:, prompt + 1 :]).to(torch.int8)
     agreement[:, 1:] = torch.where(output.exit_stages[:, 1:] >= 0, same, -1)

@@ -148,7 +148,7 @@ def seconds_per_token(
                     model,
                     ids,
                     replace(policy, certificate=None),
-                    deployment.arguments([index]),
+                    deployment.arguments([units.ids[index]]),
                     tier,
                 )
                 spent += seconds(work, model.device)

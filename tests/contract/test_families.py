@@ -1,0 +1,484 @@
+"""One table: every supported family, on every tier it has, in every mode, against the model itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from adaptive import UnsupportedError, attach_exits, generate
+from adaptive._executor import AbstractExecutor
+from adaptive._generic import GenericExecutor
+from adaptive._native import NativeExecutor
+from adaptive._output import AdaptiveOutput
+from adaptive._tier import executor_for, forget
+from adaptive.policies import Mode
+
+
+def _load(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "__loaded__"):
+        spec.loader.exec_module(module)
+        module.__loaded__ = True
+    return module
+
+
+helpers = _load("helpers")
+
+ROWS = [(name, tier) for name in helpers.MODELS for tier in ("native", "generic")]
+ROWS = [(name, tier) for name, tier in ROWS if tier == "generic" or name in helpers.NATIVE]
+MODES: tuple[Mode, ...] = ("exact", "propagate", "verify")
+NEW = 14
+
+rows = pytest.mark.parametrize(("name", "tier"), ROWS, ids=["-".join(row) for row in ROWS])
+few = pytest.mark.parametrize(
+    ("name", "tier"),
+    [("llama", "native"), ("qwen3", "generic"), ("gemma2", "generic"), ("gpt2", "generic")],
+)
+modes = pytest.mark.parametrize("mode", MODES)
+families = pytest.mark.parametrize("name", helpers.MODELS)
+
+
+def _plain(model: PreTrainedModel, ids: Tensor, mask: Tensor, **settings: Any) -> Any:
+    defaults = {"max_new_tokens": NEW, "do_sample": False}
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **defaults | settings,
+    )
+
+
+def _ours(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, policy: Any, **settings: Any
+) -> AdaptiveOutput:
+    defaults = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    output = generate(model, ids, attention_mask=mask, policy=policy, **defaults | settings)
+    assert isinstance(output, AdaptiveOutput)
+    return output
+
+
+def _eos(name: str) -> int:
+    """Return a token that ends some rows of the plain run early, and not all at once."""
+    ids, mask = helpers.prompts()
+    text = _plain(helpers.shared(name), ids, mask).sequences[:, ids.shape[1] :]
+    return int(text[0, 5])
+
+
+def _seeded(seed: int = 5) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": 0.8, "top_k": 20}
+
+
+# -- a policy that never stops early is the model itself ------------------------------------------
+
+
+@rows
+@modes
+def test_never_stopping_is_plain_generate(name: str, tier: Any, mode: Mode) -> None:
+    model, policy = helpers.shared(name), helpers.never(mode)
+    ids, mask = helpers.prompts()
+    eos = _eos(name)
+    plain = _plain(model, ids, mask, eos_token_id=eos)
+    ours = _ours(model, ids, mask, policy=policy, tier=tier, eos_token_id=eos)
+    flips = helpers.near_ties(ours.sequences, plain.sequences, plain.scores, ids.shape[1])
+    assert flips == 0  # float32 and these seeds: none is expected, all would be near-ties
+    ended = ours.exit_stages < 0
+    assert bool(ended.any()) and not bool(ended.all(dim=1).any())
+    assert bool((ours.sequences[:, ids.shape[1] :][ended] == 0).all())
+    assert ours.mean_depth == helpers.LAYERS
+    if mode != "propagate":  # where nothing is compared, nothing is known
+        assert bool((ours.agreement[~ended] == 1).all())
+
+
+@rows
+@modes
+def test_never_stopping_samples_the_same_tokens(name: str, tier: Any, mode: Mode) -> None:
+    model, policy = helpers.shared(name), helpers.never(mode)
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask, **_seeded())
+    after = torch.rand(1)
+    ours = _ours(model, ids, mask, policy=policy, tier=tier, **_seeded())
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert torch.equal(torch.rand(1), after)  # and the generator is left where `generate` leaves it
+
+
+# -- exact: every key and value is the full model's -----------------------------------------------
+
+
+@rows
+def test_exact_settles_to_the_full_model(name: str, tier: Any) -> None:
+    model = helpers.shared(name)
+    policy = helpers.mixed(model, "exact")
+    ids, mask = helpers.prompts()
+    eos = _eos(name)
+    ours = _ours(model, ids, mask, policy=policy, tier=tier, max_pending=5, eos_token_id=eos)
+    real = ours.exit_stages >= 0
+    later = ours.exit_stages[:, 1:][real[:, 1:]]
+    assert len(later.unique()) >= 3  # the run is worth testing: depths are mixed
+    text = ours.sequences[:, :-1]
+    cache, logits = helpers.own_cache(model, text, mask)
+    counted = torch.cat([mask.bool(), real[:, :-1]], dim=1)
+    for layer in range(helpers.LAYERS):
+        theirs = cache.layers[layer]
+        mine = ours.past_key_values.layers[layer]
+        for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            assert one.shape == other.shape
+            gap = (one - other).abs().amax(dim=(1, 3))[counted]
+            assert float(gap.max()) < 1e-5 * (1 + float(other.abs().max()))
+    start = ids.shape[1]
+    chosen = logits[:, start - 1 :].argmax(dim=-1)
+    agree = (chosen == ours.sequences[:, start:]).to(torch.int8)
+    assert torch.equal(ours.agreement[real], agree[real])
+    assert bool((ours.agreement[~real] == -1).all())
+
+
+# -- verify: the tokens are the full model's ------------------------------------------------------
+
+
+@rows
+def test_verify_is_plain_generate(name: str, tier: Any) -> None:
+    model = helpers.shared(name)
+    policy = helpers.mixed(model, "verify")
+    ids, mask = helpers.prompts()
+    eos = _eos(name)
+    plain = _plain(model, ids, mask, eos_token_id=eos)
+    ours = _ours(model, ids, mask, policy=policy, tier=tier, max_pending=4, eos_token_id=eos)
+    assert helpers.near_ties(ours.sequences, plain.sequences, plain.scores, ids.shape[1]) == 0
+    assert bool((ours.exit_stages[:, 1:] < len(helpers.EXITS)).any())
+    plain = _plain(model, ids, mask, **_seeded())
+    after = torch.rand(1)
+    ours = _ours(model, ids, mask, policy=policy, tier=tier, max_pending=4, **_seeded())
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert torch.equal(torch.rand(1), after)
+    cache, _ = helpers.own_cache(model, ours.sequences[:, :-1], mask)
+    keys, theirs = ours.past_key_values.layers[-1].keys, cache.layers[-1].keys
+    width = ids.shape[1]
+    torch.testing.assert_close(keys[:, :, width:], theirs[:, :, width:], atol=1e-4, rtol=1e-4)
+
+
+# -- propagate: against a slow and obvious reference ----------------------------------------------
+
+
+@rows
+def test_propagate_is_the_slow_reference(name: str, tier: Any) -> None:
+    model = helpers.shared(name)
+    policy = helpers.mixed(model, "propagate")
+    ids, mask = helpers.prompts()
+    ours = _ours(model, ids, mask, policy=policy, tier=tier)
+    threshold = policy.rule.threshold
+    for row in range(ids.shape[0]):
+        prompt = ids[row : row + 1, mask[row].bool()]
+        tokens, stages = helpers.propagate_slowly(model, prompt, NEW, threshold)
+        assert ours.sequences[row, ids.shape[1] :].tolist() == tokens
+        assert ours.exit_stages[row].tolist() == stages
+        alone = _ours(
+            model,
+            prompt,
+            torch.ones_like(prompt),
+            policy=policy,
+            tier=tier,
+            max_pending=2,
+        )
+        assert alone.sequences[0, prompt.shape[1] :].tolist() == tokens
+    assert len(ours.exit_stages[:, 1:].unique()) >= 3
+
+
+# -- both tiers, any batch, any inbox -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", helpers.NATIVE)
+@modes
+def test_tiers_are_equal(name: str, mode: Mode) -> None:
+    model = helpers.shared(name)
+    policy = helpers.mixed(model, mode)
+    ids, mask = helpers.prompts()
+    native, generic = (
+        _ours(model, ids, mask, policy=policy, tier=tier, output_logits=True)
+        for tier in ("native", "generic")
+    )
+    assert torch.equal(native.sequences, generic.sequences)
+    assert torch.equal(native.exit_stages, generic.exit_stages)
+    assert torch.equal(native.agreement, generic.agreement)
+    for one, other in zip(native.logits, generic.logits, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+    width = ids.shape[1]
+    for one, other in zip(
+        native.past_key_values.layers, generic.past_key_values.layers, strict=True
+    ):
+        torch.testing.assert_close(
+            one.keys[:, :, width:], other.keys[:, :, width:], atol=2e-5, rtol=2e-5
+        )
+        torch.testing.assert_close(
+            one.values[:, :, width:], other.values[:, :, width:], atol=2e-5, rtol=2e-5
+        )
+
+
+@families
+@modes
+def test_rows_never_depend_on_the_batch(name: str, mode: Mode) -> None:
+    _alone_and_together(name, mode, (11, 3, 1), sampled=mode == "exact")
+
+
+@modes
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_eight_rows_never_depend_on_each_other(mode: Mode, sampled: bool) -> None:
+    _alone_and_together("llama", mode, (11, 3, 7, 1, 10, 9, 5, 8), sampled=sampled)
+
+
+def _alone_and_together(
+    name: str, mode: Mode, lengths: tuple[int, ...], *, sampled: bool
+) -> None:
+    model = helpers.shared(name)
+    policy = helpers.mixed(model, mode)
+    ids, mask = helpers.prompts(lengths)
+    units = torch.tensor([40, 12, 7, 3, 99, 5, 6, 1])[: len(lengths)]
+    settings: dict[str, Any] = {"eos_token_id": _eos(name), "random": "keyed", "seed": 3}
+    if sampled:
+        settings |= {"do_sample": True, "top_k": 20}
+    batch = _ours(model, ids, mask, policy=policy, units=units, max_pending=6, **settings)
+    for row in range(ids.shape[0]):
+        prompt = ids[row : row + 1, mask[row].bool()]
+        alone = _ours(
+            model,
+            prompt,
+            torch.ones_like(prompt),
+            policy=policy,
+            units=units[row : row + 1],
+            **settings,
+        )
+        length = alone.sequences.shape[1] - prompt.shape[1]
+        assert batch.sequences[row, ids.shape[1] :][:length].tolist() == (
+            alone.sequences[0, prompt.shape[1] :].tolist()
+        )
+        assert batch.exit_stages[row, :length].tolist() == alone.exit_stages[0].tolist()
+        assert batch.agreement[row, :length].tolist() == alone.agreement[0].tolist()
+        assert bool((batch.exit_stages[row, length:] == -1).all())
+        torch.testing.assert_close(
+            batch.exit_scores[row, :length],
+            alone.exit_scores[0],
+            atol=1e-4,
+            rtol=1e-4,
+            equal_nan=True,
+        )
+
+
+@few
+@modes
+def test_inbox_size_changes_nothing(name: str, tier: Any, mode: Mode) -> None:
+    model = helpers.shared(name)
+    policy = helpers.mixed(model, mode, quantile=0.3)
+    ids, mask = helpers.prompts()
+    runs = [
+        _ours(model, ids, mask, policy=policy, tier=tier, max_pending=pending)
+        for pending in (1, 3, 32)
+    ]
+    for run in runs[1:]:
+        assert torch.equal(run.sequences, runs[0].sequences)
+        assert torch.equal(run.agreement, runs[0].agreement)
+        if mode != "verify":  # a draft that was thrown away had another stage on record
+            assert torch.equal(run.exit_stages, runs[0].exit_stages)
+
+
+# -- the user's model is left alone ---------------------------------------------------------------
+
+
+class _Failure(Exception):
+    """Something of the user's that goes wrong in the middle."""
+
+
+class _Broken:
+    """A streamer that raises at its fourth call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def put(self, value: Tensor) -> None:
+        self.calls += 1
+        if self.calls == 4:
+            raise _Failure
+
+    def end(self) -> None:
+        return
+
+
+class _BrokenProcessor:
+    """A logits processor that raises once the text is long enough."""
+
+    is_pure = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > 14:
+            raise _Failure
+        return scores
+
+
+def _state(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "forwards": [
+            name for name, module in model.named_modules() if "forward" in module.__dict__
+        ],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "config": model.config.to_dict(),
+        "parameters": {name: value.detach().clone() for name, value in model.named_parameters()},
+    }
+
+
+@few
+@pytest.mark.parametrize(
+    ("broken", "mode"),
+    [("streamer", "exact"), ("streamer", "propagate"), ("processor", "verify")],
+)
+def test_exceptions_leave_the_model_as_it_was(
+    name: str, tier: Any, broken: str, mode: Mode
+) -> None:
+    model = helpers.tiny(name)
+    ids, mask = helpers.prompts()
+    before, text = _state(model), _plain(model, ids, mask).sequences
+    policy = helpers.mixed(model, mode)
+    extra: dict[str, Any] = {"streamer": _Broken()}
+    if broken == "processor":
+        extra = {"logits_processor": [_BrokenProcessor()]}
+    with pytest.raises(_Failure):
+        _ours(model, ids, mask, policy=policy, tier=tier, **extra)
+    after = _state(model)
+    assert after["forwards"] == before["forwards"]
+    assert after["hooks"] == before["hooks"]
+    assert after["config"] == before["config"]
+    for key, value in before["parameters"].items():
+        assert torch.equal(after["parameters"][key], value)
+    assert torch.equal(_plain(model, ids, mask).sequences, text)
+    again = _ours(model, ids, mask, policy=helpers.never(mode), tier=tier)
+    assert torch.equal(again.sequences, text)
+
+
+# -- which tier -----------------------------------------------------------------------------------
+
+
+@families
+def test_self_check_chooses_the_tier(name: str) -> None:
+    kind = NativeExecutor if name in helpers.NATIVE else GenericExecutor
+    assert type(executor_for(helpers.shared(name))) is kind
+
+
+@families
+def test_native_tier_is_refused_by_name(name: str) -> None:
+    if name in helpers.NATIVE:
+        pytest.skip("the family has a native tier")
+    with pytest.raises(UnsupportedError, match="tier='native'"):
+        executor_for(helpers.shared(name), tier="native")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_changed_mathematics_fall_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.tiny(name)
+    attention = type(model.model.layers[0].self_attn)
+    original = attention.forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output, *rest = original(self, *args, **kwargs)
+        return (output * 1.5, *rest)
+
+    monkeypatch.setattr(attention, "forward", scaled)
+    executor: AbstractExecutor = executor_for(model)
+    assert isinstance(executor, GenericExecutor)
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask)
+    ours = _ours(model, ids, mask, policy=helpers.never("exact"))
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+def test_a_hook_added_later_is_seen() -> None:
+    model = helpers.tiny("llama")
+    assert isinstance(executor_for(model), NativeExecutor)
+    layer = model.model.layers[2].mlp
+    handle = layer.register_forward_hook(lambda module, args, output: output * 2.0)
+    assert isinstance(executor_for(model), GenericExecutor)
+    handle.remove()
+    assert isinstance(executor_for(model), NativeExecutor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "llama-tied-biased", "qwen2", "qwen3"])
+def test_weights_changed_in_place_are_seen(name: str) -> None:
+    model = helpers.tiny(name)
+    ids, mask = helpers.prompts()
+    _ours(model, ids, mask, policy=helpers.never("exact"), tier="native")
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    plain = _plain(model, ids, mask)
+    ours = _ours(model, ids, mask, policy=helpers.never("exact"), tier="native")
+    assert torch.equal(ours.sequences, plain.sequences)
+    forget(model)
+
+
+@pytest.mark.parametrize("name", helpers.NATIVE)
+def test_packed_models_are_still_ordinary_models(name: str, tmp_path: Path) -> None:
+    model = helpers.tiny(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    size = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    executor_for(model, tier="native")
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    assert sum(storage.nbytes() for storage in storages.values()) <= size  # no second copy
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, before[key])
+    model.to(torch.bfloat16).to(torch.float32)
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask)
+    ours = _ours(model, ids, mask, policy=helpers.never("exact"), tier="native")
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+# -- families that are not there ------------------------------------------------------------------
+
+
+def test_unknown_family_is_named() -> None:
+    config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4)
+    with pytest.raises(UnsupportedError, match="'mamba' is not known: missing are the path"):
+        attach_exits(MambaForCausalLM(config), (1,))
+
+
+def test_encoder_decoder_is_named() -> None:
+    config = T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    with pytest.raises(UnsupportedError, match="'t5' is an encoder-decoder"):
+        attach_exits(model, (1,))
+    with pytest.raises(UnsupportedError, match="'t5' is an encoder-decoder"):
+        generate(model, torch.ones(1, 3, dtype=torch.int64), policy=helpers.never("exact"))
+
+
+def test_wrapped_or_headless_models_are_named() -> None:
+    model = helpers.tiny("llama", exits=False)
+    with pytest.raises(UnsupportedError, match="has no `model.layers`"):
+        attach_exits(model.model, (1,))
+    config = BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        is_decoder=True,
+    )
+    with pytest.raises(UnsupportedError, match="'bert' is not known"):
+        attach_exits(BertLMHeadModel(config), (1,))

@@ -192,7 +192,29 @@ def held_out_functions(
     """
     if not 4 <= minimum_lines <= maximum_lines:
         raise InvalidArgumentError("minimum_lines", minimum_lines, "in [4, maximum_lines]")
-    prompts = _pool(root, minimum_lines, maximum_lines)
+    return _drawn(n, rng, _pool(root, minimum_lines, maximum_lines, True))
+
+
+def training_functions(
+    n: int | None = None,
+    *,
+    rng: np.random.Generator,
+    minimum_lines: int = 5,
+    maximum_lines: int = 120,
+    root: Path | None = None,
+) -> list[FunctionPrompt]:
+    """Prompts from functions of the modules that training reads; see `held_out_functions`.
+
+    They shaped the shipped model and its exits and are never fit for a test.
+    """
+    if not 4 <= minimum_lines <= maximum_lines:
+        raise InvalidArgumentError("minimum_lines", minimum_lines, "in [4, maximum_lines]")
+    return _drawn(n, rng, _pool(root, minimum_lines, maximum_lines, False))
+
+
+def _drawn(
+    n: int | None, rng: np.random.Generator, prompts: tuple[FunctionPrompt, ...]
+) -> list[FunctionPrompt]:
     if n is not None and not 0 <= n <= len(prompts):
         raise InvalidArgumentError("n", n, f"between 0 and the pool's {len(prompts)} functions")
     return [prompts[i] for i in rng.permutation(len(prompts))[:n]]
@@ -232,10 +254,12 @@ def _files(base: Path) -> Iterator[Path]:
 
 
 @lru_cache(maxsize=4)
-def _pool(root: Path | None, minimum: int, maximum: int) -> tuple[FunctionPrompt, ...]:
+def _pool(
+    root: Path | None, minimum: int, maximum: int, held_out: bool
+) -> tuple[FunctionPrompt, ...]:
     pool: dict[str, FunctionPrompt] = {}
     for module in stdlib_modules(root):
-        if module.held_out and not module.is_test:
+        if module.held_out == held_out and not module.is_test:
             for prompt in _functions(module, minimum, maximum):
                 pool.setdefault(prompt.text, prompt)
     return tuple(pool.values())

@@ -65,7 +65,7 @@ def maurer_pontil_log_p(losses: ArrayLike, *, risk: float, bound: float = 1.0) -
         return np.zeros_like(mean)
     linear, quadratic = spread * math.sqrt(2.0 / n), 7.0 / (3.0 * (n - 1))
     gap = np.maximum(level / upper - mean, 0.0)
-    root = 2.0 * gap / (linear + np.sqrt(linear**2 + 4.0 * quadratic * gap))
+    root = (np.sqrt(linear**2 + 4.0 * quadratic * gap) - linear) / (2.0 * quadratic)
     return np.minimum(math.log(2.0) - root**2, 0.0)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from adaptive.calibration._betting import grid_upper_bound, scale_losses
+from adaptive.calibration._betting import scale_losses
 from adaptive.calibration._binomial import log_betainc
 from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._hoeffding import invert_log_p
 from adaptive.calibration._validation import (
     check_count,
     check_number,
@@ -71,24 +72,21 @@ def mixture_log_p(losses: ArrayLike, *, risk: float, bound: float = 1.0) -> Arra
     """
     level, upper = check_risk(risk, bound)
     scaled, _ = scale_losses(losses, upper)
-    ones = np.ones((1, scaled.shape[0]))
-    levels = np.array([level / upper])
-    peak = [_mixture(column, ones, levels)[0, 0] for column in scaled.T]
-    return np.asarray(-np.maximum(np.array(peak), 0.0))
+    log_e = _log_e(scaled, np.full(scaled.shape[1], level / upper))
+    return np.asarray(-np.maximum(log_e, 0.0))
 
 
 def mixture_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
-    """Upper confidence bound on E L by the mixture, on a grid of 1000 steps of `bound`.
+    r"""Upper confidence bound on E L by the mixture of constant bets, found by bisection.
 
-    Valid as `agrapa_upper_bound` is; parameters and result as `wsr_upper_bound`.
+    With the bets fixed fractions f of the largest bet, each factor is
+    :math:`1 - f + f (1 - L) / (1 - m)`, which grows with m: rejected levels form an interval.
+    Parameters and result as `wsr_upper_bound`.
     """
     check_probability("delta", delta)
     scaled, upper = scale_losses(losses, bound)
-
-    def peak(column: Array, levels: Array) -> Array:
-        return _mixture(column[:, 0], np.ones((1, column.shape[0])), levels)[:, 0]
-
-    return grid_upper_bound(scaled, upper, delta, peak)
+    start = np.zeros(scaled.shape[1])
+    return upper * invert_log_p(lambda levels: -_log_e(scaled, levels), start, delta)
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,10 @@ class LossHistogram:
     def log_p_values(self, *, risk: float) -> Array:
         """Return ln p [n_columns] of H: E L > risk by the mixture of constant bets."""
         level, upper = check_risk(risk, self.bound)
-        weights = self.counts.T.astype(np.float64)
-        log_e = _mixture(self.grid / upper, weights, np.array([level / upper]))
-        return np.asarray(-np.maximum(log_e[0], 0.0))
+        log_e = _log_e(
+            self.grid[:, None] / upper, np.array([level / upper]), self.counts.astype(np.float64)
+        )
+        return np.asarray(-np.maximum(log_e, 0.0))
 
 
 def beta_mixture_log_p(
@@ -230,11 +229,14 @@ def beta_mixture_log_wealth(
     return np.asarray(posterior - start - k * np.log(m) - (n - k) * np.log1p(-m))
 
 
-def _mixture(values: Array, weights: Array, levels: Array) -> Array:
-    """Log e-value [level, column] of losses `values` [v] taken `weights` [column, v] times."""
-    out = np.empty((levels.size, weights.shape[0]))
-    for i, level in enumerate(levels):
-        bets = _FRACTIONS / (1.0 - level)
-        gains = np.log1p(-bets * (values[:, None] - level))
-        out[i] = special.logsumexp(weights @ gains, axis=1) - math.log(bets.size)
-    return out
+def _log_e(scaled: Array, levels: Array, counts: Array | None = None) -> Array:
+    """Log e-value per column of losses [n, J] at levels [J], each loss taken `counts` [n, J] times.
+
+    One loss column [n, 1] serves all columns of `counts`.
+    """
+    room = (1.0 - scaled) / (1.0 - levels)
+    logs = []
+    for fraction in _FRACTIONS:
+        gains = np.log1p(fraction * (room - 1.0))
+        logs.append(gains.sum(axis=0) if counts is None else gains[:, 0] @ counts)
+    return np.asarray(special.logsumexp(logs, axis=0) - math.log(len(logs)))

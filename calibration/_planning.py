@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -69,14 +70,19 @@ def minimum_units(
     if choose_test(method, loss_type=loss_type, n_units=1, fixed_level=True).asymptotic:
         raise UnsupportedError("an asymptotic test has no least number of units")
 
+    return _minimum(scaled, delta, method, loss_type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _minimum(risk: float, delta: float, method: str | AbstractRiskTest, loss_type: str) -> int:
     def certified(n: int) -> bool:
         test = choose_test(method, loss_type=loss_type, n_units=n, fixed_level=True)
         if isinstance(test, ExactBinomial):
-            return bool(binomial_log_p(0, n, risk=scaled) <= math.log(delta))
-        log_p = test.log_p_values(np.zeros((n, 1)), risk=scaled, delta=delta, bound=1.0)
+            return bool(binomial_log_p(0, n, risk=risk) <= math.log(delta))
+        log_p = test.log_p_values(np.zeros((n, 1)), risk=risk, delta=delta, bound=1.0)
         return bool(log_p[0] <= math.log(delta))
 
-    low = max(1, math.ceil(math.log(delta) / math.log1p(-scaled)) - 1)
+    low = max(1, math.ceil(math.log(delta) / math.log1p(-risk)) - 1)
     high = low
     while not certified(high):
         if high > _LARGEST:

@@ -19,6 +19,7 @@ from adaptive.calibration import (
     beta_from_moments,
     fit_beta_mixture,
     fit_labelled_mixture,
+    maximise_beta_mixture,
 )
 from adaptive.policies._base import AbstractRule, Features, State
 from adaptive.policies._statistic import knob_path
@@ -107,8 +108,13 @@ class BetaMixtureThreshold(AbstractRule):
 
     @classmethod
     def fit_unlabelled(cls, trace: Trace, *, weighted: bool = True) -> Self:
-        """Fit every exit's mixture to the scores alone, by expectation-maximisation."""
-        fitted = [fit_beta_mixture(np.asarray(scores)) for scores in trace.scores.T]
+        """Fit every exit's mixture to the scores alone, in [0, 1], by maximum likelihood.
+
+        Expectation-maximisation with moments gives the start only: by itself it can end with a
+        posterior that falls again at high scores.
+        """
+        columns = [np.asarray(scores) for scores in trace.scores.T]
+        fitted = [maximise_beta_mixture(one, start=fit_beta_mixture(one)) for one in columns]
         return cls(mixtures=tuple(map(_shapes, fitted)), weighted=weighted)
 
     def thresholds(self) -> tuple[float, ...]:

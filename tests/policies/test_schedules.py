@@ -55,13 +55,10 @@ def test_calm_decay_receives_the_position() -> None:
         assert stops(rule, level - 1e-4, positions) == [not kept for kept in expected]
 
 
-def released_calm_threshold(
-    threshold: float, *, tau: float, length: int, position: int = 0
-) -> float:
+def released_calm(threshold: float, *, tau: float, length: int, position: int = 0) -> float:
     """CALM as released: the position defaults to 0, and no caller passes it."""
-    return min(
-        1.0, max(0.0, 0.9 * threshold + 0.1 * math.exp(-tau * position / length) * threshold)
-    )
+    decayed = threshold * math.exp(-tau * position / length)
+    return min(1.0, max(0.0, 0.9 * threshold + 0.1 * decayed))
 
 
 def test_the_release_never_decays() -> None:

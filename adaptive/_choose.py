@@ -26,6 +26,10 @@ class AbstractNoise(abc.ABC):
         """Say that tokens before ``index`` will not be asked for again."""
         return
 
+    def rewind(self, index: int) -> None:
+        """Say that tokens from ``index`` on were never generated."""
+        return
+
 
 class KeyedNoise(AbstractNoise):
     """Noise that is a function of (seed, unit, token index, vocabulary entry) alone.
@@ -62,16 +66,26 @@ class StreamNoise(AbstractNoise):
 
     def __init__(self) -> None:
         self._drawn: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        self._device = torch.device("cpu")
 
     def at(self, index: int, like: Tensor) -> Tensor:
         """See :class:`AbstractNoise`."""
         if index not in self._drawn:
+            self._device = like.device
+            self._before[index] = _generator(like.device).get_state()
             self._drawn[index] = torch.empty_like(like).exponential_(1)
         return self._drawn[index]
 
     def release(self, index: int) -> None:
         """See :class:`AbstractNoise`."""
         self._drawn = {key: value for key, value in self._drawn.items() if key >= index}
+        self._before = {key: value for key, value in self._before.items() if key >= index}
+
+    def rewind(self, index: int) -> None:
+        """See :class:`AbstractNoise`: the generator is where it was before those draws."""
+        if index in self._before:
+            _generator(self._device).set_state(self._before[index])
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,14 @@ class Chooser:
             for offset in range(logits.shape[1])
         ]
         return torch.stack(chosen, dim=1)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Torch's global generator of a device."""
+    if device.type == "cuda":
+        place = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[place]
+    return torch.default_generator
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -90,6 +90,9 @@ class Record:
         self.exit_scores = torch.full((batch, room), float("nan"), device=device)
         self.agreement = torch.full((batch, room), -1, dtype=torch.int8, device=device)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        #: Rows whose next token counts. Without an end token nothing replaces what a finished row
+        #: goes on to say, here as in ``model.generate``.
+        self.active = self.unfinished
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -114,6 +117,8 @@ class Record:
         job.emit(tokens)
         kept = tuple(self.scores) if job.keep_scores else None
         self.unfinished = self.unfinished & ~job.criteria(self.ids[:, : self.length], kept)
+        if job.has_eos:
+            self.active = self.unfinished
         return self.length < job.max_length and bool(self.unfinished.any())
 
 
@@ -138,7 +143,7 @@ def decode(job: Job) -> Record:
         going = True
     state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
     while going:
-        step, state = walk(job, record, state, record.unfinished)
+        step, state = walk(job, record, state, record.active)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
         if not job.labels and job.chooser.noise is not None:

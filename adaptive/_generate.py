@@ -24,6 +24,7 @@ from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
 from adaptive._decode import Job, Record, decode
 from adaptive._exits import Exits, require_exits
 from adaptive._executor import AbstractExecutor
+from adaptive._families import family_of
 from adaptive._output import AdaptiveOutput
 from adaptive._settings import (
     certificate_mismatches,
@@ -145,6 +146,7 @@ def generate(
         "max_pending": max_pending,
         "tier": tier,
     }
+    family_of(model)
     if model_kwargs.get("assistant_model") is not None:
         raise UnsupportedError(_NO_ASSISTANT)
     if not hasattr(generation_config, "_pad_token_tensor"):

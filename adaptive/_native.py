@@ -37,10 +37,10 @@ class _Layer:
 class NativeExecutor(AbstractExecutor):
     """Preallocated keys and values, fused projections, one stacked product for skipped layers.
 
-    The key and value matrices of all layers live in one tensor ``[layers, 2 * width_kv, width]``
-    and gate and up projection of a layer in another; the model's own parameters become views of
-    them, same values, no second copy. So training or loading in place is seen here, and memory
-    stays the model's own.
+    The key and value matrices of all layers live in one tensor ``[layers, 2 * width_kv, width]``,
+    gate and up projection of a layer in another, and so do the norms' gains; the model's own
+    parameters become views of them, same values, no second copy. So training or loading in place
+    is seen here, and memory stays the model's own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -60,18 +60,16 @@ class NativeExecutor(AbstractExecutor):
         self._embedding = model.get_input_embeddings()
         self._rotary = model.model.rotary_emb
         self._kv, self._kv_bias = _stack_keys_values(modules)
-        self._gains = torch.stack([module.input_layernorm.weight.data for module in modules])
+        self._gains = _stack([[module.input_layernorm.weight] for module in modules])
         norms: list[Any] = [getattr(module.self_attn, "k_norm", None) for module in modules]
-        self._key_gains = (
-            None if norms[0] is None else torch.stack([norm.weight.data for norm in norms])
-        )
+        self._key_gains = None if norms[0] is None else _stack([[norm.weight] for norm in norms])
         self._blocks = [_block(module) for module in modules]
-        self._versions = _versions(modules)
+        self._addresses = _addresses(modules)
         self._modules = modules
 
     def stale(self) -> bool:
-        """Whether the model's parameters were replaced or changed since they were packed."""
-        return _versions(self._modules) != self._versions
+        """Whether parameters were replaced since they were packed, or a layer was hooked into."""
+        return _addresses(self._modules) != self._addresses or any(map(_hooked, self._modules))
 
     def begin(
         self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
@@ -250,7 +248,9 @@ def why_not_native(model: PreTrainedModel) -> str | None:
         ]
         if any(type(linear) is not nn.Linear for linear in linears):
             return f"layer {index} has projections that are not plain linear layers (quantised or wrapped)"
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        if any(linear.bias is not None for linear in linears[4:]):
+            return f"layer {index} has biases in its feed-forward part"
+        if _hooked(module):
             return f"layer {index} carries hooks"
     if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
         return "layers mix full and sliding attention"
@@ -274,34 +274,39 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(states * cos, torch.roll(states, states.shape[-1] // 2, dims=-1), sin)
 
 
-def _alias(linears: list[nn.Linear], packed: Tensor) -> None:
-    """Make the weights of ``linears`` consecutive row ranges of ``packed``, values unchanged."""
+def _packed(parameters: list[nn.Parameter], into: Tensor | None = None) -> Tensor:
+    """Put parameters one behind the other into one tensor and make them views of it."""
+    packed = torch.cat([parameter.data for parameter in parameters], out=into)
     row = 0
-    for linear in linears:
-        rows = linear.weight.shape[0]
-        linear.weight.data = packed[row : row + rows]
+    for parameter in parameters:
+        rows = parameter.shape[0]
+        parameter.data = packed[row : row + rows]
         row += rows
+    return packed
+
+
+def _stack(layers: list[list[nn.Parameter]]) -> Tensor:
+    """Pack the parameters of every layer into one tensor ``[layers, rows, ...]``."""
+    first = layers[0][0]
+    shape = (len(layers), sum(parameter.shape[0] for parameter in layers[0]), *first.shape[1:])
+    stacked = torch.empty(shape, dtype=first.dtype, device=first.device)
+    for target, parameters in zip(stacked, layers, strict=True):
+        _packed(parameters, target)
+    return stacked
 
 
 def _stack_keys_values(modules: list[Any]) -> tuple[Tensor, Tensor | None]:
     """Key and value weights of all layers, ``[layers, 2 * kv width, width]``, and their biases."""
-    pairs = [[module.self_attn.k_proj, module.self_attn.v_proj] for module in modules]
-    first = pairs[0][0].weight
-    rows = sum(linear.weight.shape[0] for linear in pairs[0])
-    packed = torch.empty(len(pairs), rows, first.shape[1], dtype=first.dtype, device=first.device)
-    for target, pair in zip(packed, pairs, strict=True):
-        torch.cat([linear.weight.data for linear in pair], out=target)
-        _alias(pair, target)
+    pairs = [(module.self_attn.k_proj, module.self_attn.v_proj) for module in modules]
+    weights = _stack([[key.weight, value.weight] for key, value in pairs])
     if pairs[0][0].bias is None:
-        return packed, None
-    return packed, torch.stack([torch.cat([linear.bias.data for linear in pair]) for pair in pairs])
+        return weights, None
+    return weights, _stack([[key.bias, value.bias] for key, value in pairs])
 
 
 def _block(module: Any) -> _Layer:
     attention, feedforward = module.self_attn, module.mlp
     gate, up = feedforward.gate_proj, feedforward.up_proj
-    packed = torch.cat([gate.weight.data, up.weight.data])
-    _alias([gate, up], packed)
     query_norm = getattr(attention, "q_norm", None)
     key_norm = getattr(attention, "k_norm", None)
     return _Layer(
@@ -311,17 +316,28 @@ def _block(module: Any) -> _Layer:
         key_norm=None if key_norm is None else key_norm.weight,
         output=attention.o_proj,
         feedforward_norm=module.post_attention_layernorm.weight,
-        gate_up=packed,
+        gate_up=_packed([gate.weight, up.weight]),
         down=feedforward.down_proj,
     )
 
 
-def _versions(modules: list[nn.Module]) -> tuple[tuple[int, int], ...]:
-    """Where every parameter lives and how often it was written to."""
-    return tuple(
-        (parameter.data_ptr(), parameter._version)
-        for module in modules
-        for parameter in module.parameters()
+def _addresses(modules: list[nn.Module]) -> tuple[int, ...]:
+    """Where every parameter lives."""
+    return tuple(parameter.data_ptr() for module in modules for parameter in module.parameters())
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether anything of a layer does more than its class says.
+
+    The hooks that transformers leaves behind after ``output_hidden_states=True`` only look.
+    """
+    return any(
+        "forward" in module.__dict__
+        or any(
+            getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        )
+        for module in layer.modules()
     )
 
 

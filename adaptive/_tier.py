@@ -17,9 +17,9 @@ from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
 Tier = Literal["native", "generic"]
 _log = logging.getLogger(__name__)
-_native: weakref.WeakKeyDictionary[PreTrainedModel, NativeExecutor | str] = (
-    weakref.WeakKeyDictionary()
-)
+_native: weakref.WeakKeyDictionary[PreTrainedModel, NativeExecutor] = weakref.WeakKeyDictionary()
+#: Models whose self-check failed.
+_differing: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> AbstractExecutor:
@@ -44,28 +44,27 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
     if tier == "generic":
         return GenericExecutor(model)
     found = _native.get(model)
-    if isinstance(found, NativeExecutor) and found.stale():
-        found = None
-    if found is None:
-        found = _checked(model)
-        _native[model] = found
-    if isinstance(found, NativeExecutor):
-        return copy.copy(found)  # packed weights are shared, keys and values are not
-    if tier == "native":
-        raise UnsupportedError(f"`tier='native'` is not possible: {found}")
-    return GenericExecutor(model)
+    if found is None or found.stale():
+        _native.pop(model, None)
+        reason = why_not_native(model) or _self_check(model)
+        if reason is not None:
+            if tier == "native":
+                raise UnsupportedError(f"`tier='native'` is not possible: {reason}")
+            return GenericExecutor(model)
+    return copy.copy(_native[model])  # packed weights are shared, keys and values are not
 
 
 def forget(model: PreTrainedModel) -> None:
     """Drop what is kept for a model."""
     _native.pop(model, None)
+    _differing.discard(model)
 
 
 @torch.no_grad()
-def _checked(model: PreTrainedModel) -> NativeExecutor | str:
-    """Build the native executor and compare its logits with the model's own."""
-    reason = why_not_native(model)
-    if reason is not None:
+def _self_check(model: PreTrainedModel) -> str | None:
+    """Build the native executor and keep it if its logits are the model's own; else say why not."""
+    reason = "its logits differ from the model's own on a short text"
+    if model in _differing:
         return reason
     executor = NativeExecutor(model)
     tokens = torch.arange(1, 7, device=model.device)[None] % model.config.vocab_size
@@ -77,7 +76,8 @@ def _checked(model: PreTrainedModel) -> NativeExecutor | str:
     executor.end()
     theirs = model(input_ids=tokens, use_cache=False).logits[:, -1]
     if is_close(ours, theirs):
-        return executor
-    reason = "its logits differ from the model's own on a short text"
+        _native[model] = executor
+        return None
+    _differing.add(model)
     _log.warning("the native tier is off for %s: %s", type(model).__name__, reason)
     return reason

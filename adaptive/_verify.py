@@ -36,7 +36,7 @@ def decode_verified(job: Job) -> Record:
     drafts = _Drafts()
     while going:
         before = state
-        step, state = walk(job, record, state, record.unfinished)
+        step, state = walk(job, record, state, record.active)
         assert step.logits is not None
         tokens, _ = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
         drafts.add(step, before)
@@ -47,6 +47,8 @@ def decode_verified(job: Job) -> Record:
             going, state = _confirm(job, record, drafts, state)
             drafts = _Drafts()
     job.stack.truncate(record.length - 1)
+    if job.chooser.noise is not None:
+        job.chooser.noise.rewind(record.generated)
     return record
 
 
@@ -85,7 +87,7 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
             job.chooser.noise.release(record.generated)
         if not going:
             return False, state
-        if not bool((agree | ~record.unfinished).all()):
+        if not bool((agree | ~record.active).all()):
             job.stack.truncate(record.length - 1)
             rest = drafts.states[offset + 1] if offset + 1 < count else state
             return True, rest

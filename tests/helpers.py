@@ -150,9 +150,7 @@ def margins(model: PreTrainedModel) -> Tensor:
         for layer in exits.layers:
             module = layers_of(model)[layer - 1]
 
-            def hook(
-                module: nn.Module, args: Any, output: Any, layer: int = layer
-            ) -> None:
+            def hook(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
                 seen[layer] = output[0] if isinstance(output, tuple) else output
 
             stack.callback(module.register_forward_hook(hook).remove)

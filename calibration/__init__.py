@@ -1,10 +1,6 @@
 """Statistics for adaptive computation: arrays in, certificates out (no torch)."""
 
-from adaptive.calibration._bands import (
-    berk_jones_levels,
-    dkw_levels,
-    no_crossing_probability,
-)
+from adaptive.calibration._bands import berk_jones_levels, dkw_levels, no_crossing_probability
 from adaptive.calibration._bernstein import (
     maurer_pontil_log_p,
     maurer_pontil_upper_bound,
@@ -47,10 +43,7 @@ from adaptive.calibration._conformal import (
     conformal_risk_control,
 )
 from adaptive.calibration._control import RiskControlResult, control_risk
-from adaptive.calibration._eprocess import (
-    EProcessState,
-    MeanEProcess,
-)
+from adaptive.calibration._eprocess import EProcessState, MeanEProcess
 from adaptive.calibration._errors import (
     AdaptiveError,
     CertificateError,
@@ -59,12 +52,7 @@ from adaptive.calibration._errors import (
     InvalidTypeError,
     UnsupportedError,
 )
-from adaptive.calibration._evalues import (
-    average_e,
-    e_to_log_p,
-    multiply_e,
-    p_to_log_e,
-)
+from adaptive.calibration._evalues import average_e, e_to_log_p, multiply_e, p_to_log_e
 from adaptive.calibration._exit_rates import (
     consistency_threshold,
     exit_rate_rank,
@@ -72,11 +60,7 @@ from adaptive.calibration._exit_rates import (
     marginal_thresholds,
     survivor_thresholds,
 )
-from adaptive.calibration._halting import (
-    HaltTimeResult,
-    certify_halting,
-    screen_halting,
-)
+from adaptive.calibration._halting import HaltTimeResult, certify_halting, screen_halting
 from adaptive.calibration._hoeffding import (
     bentkus_log_p,
     bentkus_upper_bound,
@@ -87,11 +71,7 @@ from adaptive.calibration._hoeffding import (
     kl_hoeffding_log_p,
     kl_hoeffding_upper_bound,
 )
-from adaptive.calibration._ledger import (
-    BudgetSpentError,
-    DeltaLedger,
-    LedgerEntry,
-)
+from adaptive.calibration._ledger import BudgetSpentError, DeltaLedger, LedgerEntry
 from adaptive.calibration._mixture import (
     LossHistogram,
     beta_mixture_log_p,
@@ -100,6 +80,7 @@ from adaptive.calibration._mixture import (
     mixture_log_p,
     mixture_upper_bound,
 )
+from adaptive.calibration._pareto import SplitControlResult, control_risk_split, pareto_front
 from adaptive.calibration._planning import minimum_units, plan_units
 from adaptive.calibration._probability import (
     BetaCalibration,
@@ -230,6 +211,7 @@ __all__ = [
     "RiskCurve",
     "SPRTState",
     "SequentialResult",
+    "SplitControlResult",
     "TailResult",
     "TargetBets",
     "Temperature",
@@ -259,6 +241,7 @@ __all__ = [
     "consistency_threshold",
     "constant_bet_log_wealth",
     "control_risk",
+    "control_risk_split",
     "control_sequentially",
     "control_tail",
     "departure_curve",
@@ -301,6 +284,7 @@ __all__ = [
     "normal_mixture_boundary",
     "normal_upper_bound",
     "p_to_log_e",
+    "pareto_front",
     "plan_units",
     "prediction_powered_losses",
     "quantile_rank",

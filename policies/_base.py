@@ -214,7 +214,7 @@ class AbstractSchedule(_Record):
 
     @abc.abstractmethod
     def threshold(self, base: Tensor, features: Features, tables: State) -> Tensor:
-        """Threshold in force, broadcastable to [batch]; ``inf`` wherever ``base`` is ``inf``."""
+        """Threshold in force, broadcastable to [batch]; NaN (never) wherever ``base`` is NaN."""
 
 
 def needed(value: Tensor | None, name: str) -> Tensor:

@@ -356,7 +356,7 @@ class TwoSided(AbstractStatisticRule):
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the score, replaced by the largest finite number where it is hopeless."""
         hopeless = (score <= self.hopeless) & (score > -math.inf)
-        accepted = (score >= state["knob"]) & (score > -math.inf)
+        accepted = score >= state["knob"]
         verdict = accepted.to(torch.int64) - (hopeless & ~accepted).to(torch.int64)
         value = torch.where(hopeless, torch.finfo(score.dtype).max, score)
         return value, state | {"verdict": verdict}

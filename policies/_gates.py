@@ -194,7 +194,7 @@ class HaltingGate(AbstractScore):
             logit = _network(torch.cat([states, before, placed], dim=-1), weights, biases)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, target, balance)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
         return cls(
             layers=tuple(_nested(weight) for weight in weights),

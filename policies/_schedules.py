@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive.calibration import InvalidArgumentError, Trace
 from adaptive.policies._base import AbstractRule, AbstractSchedule, Features, State
 from adaptive.policies._simulate import positions_of
-from adaptive.policies._statistic import check_knob, knob_path
+from adaptive.policies._statistic import check_knob, comparable, knob_path
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PerStage(AbstractSchedule):
 
     def tables(self, *, device: torch.device) -> State:
         """Offsets, float32 [n_exits]."""
-        return {"offsets": torch.tensor(self.offsets, dtype=torch.float32, device=device)}
+        return {"offsets": comparable(self.offsets, device=device)}
 
     def threshold(self, base: Tensor, features: Features, tables: State) -> Tensor:
         """Scalar tensor."""
@@ -82,10 +82,9 @@ class Decay(AbstractSchedule):
         return {}
 
     def threshold(self, base: Tensor, features: Features, tables: State) -> Tensor:
-        """Float32 [batch]; an infinite base stays infinite instead of being clipped to 1."""
+        """Float32 [batch]; a base of NaN (never) is not clipped to 1."""
         decay = torch.exp(-self.tau / self.length * features.position.float())
-        clipped = torch.clamp(base * (0.9 + 0.1 * decay), 0.0, 1.0)
-        return torch.where(base < math.inf, clipped, base)
+        return torch.clamp(base * (0.9 + 0.1 * decay), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Phases(AbstractSchedule):
         """First positions, int64 [n_phases - 1], and offsets, float32 [n_phases]."""
         return {
             "starts": torch.tensor(self.starts, dtype=torch.int64, device=device),
-            "offsets": torch.tensor(self.offsets, dtype=torch.float32, device=device),
+            "offsets": comparable(self.offsets, device=device),
         }
 
     def threshold(self, base: Tensor, features: Features, tables: State) -> Tensor:
@@ -146,13 +145,12 @@ class ScheduledThreshold(AbstractRule):
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Put the base and the tables on the device."""
-        base = torch.tensor(self.threshold, dtype=torch.float32, device=device)
+        base = comparable(self.threshold, device=device)
         return {"knob": base} | self.schedule.tables(device=device)
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Compare in float32; NaN, minus infinity and an infinite threshold never stop."""
-        threshold = self.schedule.threshold(state["knob"], features, state)
-        return (score >= threshold) & (threshold < math.inf) & (score > -math.inf), state
+        return score >= self.schedule.threshold(state["knob"], features, state), state
 
     def with_knob(self, knob: float) -> Self:
         """Return the same schedule around another base."""

@@ -45,15 +45,14 @@ class AbstractStatisticRule(AbstractRule):
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Knob, tables and memory, on the device."""
-        knob = torch.tensor(getattr(self, self.knob_name), dtype=torch.float32, device=device)
+        knob = comparable(getattr(self, self.knob_name), device=device)
         tables = self.tables(device=device)
         return {"knob": knob} | tables | self.memory(batch_size, device=device)
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Compare in float32; an infinite knob and a statistic of minus infinity never stop."""
         value, state = self.statistic(features, score, state)
-        reached = value > state["knob"] if self.strict else value >= state["knob"]
-        return reached & (state["knob"] < math.inf) & (value > -math.inf), state
+        return value > state["knob"] if self.strict else value >= state["knob"], state
 
     def advance(self, state: State) -> State:
         """Clear what was remembered within the token."""
@@ -97,6 +96,16 @@ def thinned(knobs: tuple[float, ...], *, size: int) -> tuple[float, ...]:
         return knobs
     chosen = np.unique(np.linspace(0, len(knobs) - 1, size).round().astype(int))
     return tuple(knobs[index] for index in chosen)
+
+
+def comparable(threshold: float | tuple[float, ...], *, device: torch.device) -> Tensor:
+    """Thresholds as float32 on the device, such that one comparison decides.
+
+    Infinity becomes NaN, which no score reaches, not even an infinite one; minus infinity becomes
+    the lowest finite number, which a score of minus infinity ("no score") does not reach.
+    """
+    given = torch.tensor(threshold, dtype=torch.float32, device=device)
+    return torch.where(given < math.inf, given.clamp(min=torch.finfo(given.dtype).min), math.nan)
 
 
 def check_knob(name: str, value: float) -> None:

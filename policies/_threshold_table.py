@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, Trace
 from adaptive.policies._base import AbstractRule, Features, State
-from adaptive.policies._statistic import thinned
+from adaptive.policies._statistic import comparable, thinned
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,11 @@ class ThresholdTable(AbstractRule):
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Put the thresholds in force on the device."""
-        return {"thresholds": torch.tensor(self.row, dtype=torch.float32, device=device)}
+        return {"thresholds": comparable(self.row, device=device)}
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Compare in float32; NaN, minus infinity and an infinite threshold never stop."""
-        threshold = state["thresholds"][features.stage]
-        return (score >= threshold) & (threshold < math.inf) & (score > -math.inf), state
+        return score >= state["thresholds"][features.stage], state
 
     def with_knob(self, knob: float) -> Self:
         """Return the same table at another of its levels."""

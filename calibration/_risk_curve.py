@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._threshold_counts import threshold_counter
 from adaptive.calibration._trace import Trace
 from adaptive.calibration._validation import check_count
 
@@ -54,6 +55,22 @@ class RiskCurve:
         )
         return mean
 
+    def errors(self) -> NDArray[np.int64]:
+        """Count of units with loss 1 at every threshold [n_columns], for `binomial_log_p`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the loss is not 0/1, a unit has several tokens, or units are weighted.
+        """
+        table = self.trace.losses[self.loss]
+        binary = table.dtype == bool or bool(((table == 0) | (table == 1)).all())
+        if not binary or self.trace.n_tokens != self.trace.n_units:
+            raise InvalidArgumentError(
+                "trace", f"loss {self.loss!r}", "of one token per unit with a 0/1 loss"
+            )
+        return _counts(self.risk, self.trace)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per threshold."""
         import pandas as pd
@@ -94,6 +111,16 @@ class DepartureCurve:
         losses = _stopped_losses(self.trace, self.loss, self.thresholds[column], self.warmup)
         departs = np.logical_or.reduceat(losses != 0.0, self.trace.offsets[:-1])
         return departs.astype(np.float64)
+
+    def errors(self) -> NDArray[np.int64]:
+        """Count of units that depart at every threshold [n_columns], for `binomial_log_p`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If units are weighted.
+        """
+        return _counts(self.rate, self.trace)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per threshold."""
@@ -245,6 +272,13 @@ def departure_curve(
     )
 
 
+def _counts(mean: NDArray[np.float64], trace: Trace) -> NDArray[np.int64]:
+    """Integer counts from their exactly rounded share: rounding n (k / n) gives k below 2**52."""
+    if trace.weights is not None:
+        raise InvalidArgumentError("trace", "weighted units", "unweighted for exact counts")
+    return np.rint(mean * trace.n_units).astype(np.int64)
+
+
 def _prepared(
     trace: Trace, thresholds: ArrayLike, loss: str, warmup: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.intp]]:
@@ -275,10 +309,11 @@ def _stop_counts(
     ``counts[s]`` is the number of ascending thresholds at which the token has stopped by exit s.
     """
     positions = trace.positions if warmup else None
+    count = threshold_counter(ascending)
     for start in range(0, trace.n_tokens, _BLOCK):
         rows = slice(start, min(start + _BLOCK, trace.n_tokens))
         best = np.maximum.accumulate(np.ascontiguousarray(trace.scores[rows].T), axis=0)
-        counts = np.searchsorted(ascending, best, side="right")
+        counts = count(best)
         if positions is not None:
             counts[:, positions[rows] < warmup] = 0
         yield rows, counts

@@ -99,7 +99,26 @@ def test_counts_are_exact_and_full_computation_is_exactly_zero(rng):
     curve = risk_curve(trace, np.append(np.inf, np.linspace(1, 0, 50)))
     assert curve.risk[0] == 0.0
     counts = [curve.unit_losses(column).sum() for column in range(51)]
-    assert (curve.risk * n).round(6).tolist() == counts
+    assert curve.errors().tolist() == counts
+    departures = departure_curve(trace, curve.thresholds)
+    assert departures.errors().tolist() == counts
+
+
+def test_counts_are_refused_where_they_are_not_counts():
+    def trace(**changes):
+        fields = {"scores": [[0.1], [0.2]], "losses": {"disagreement": [[1], [0]]}, **changes}
+        return Trace(**fields, costs=[1, 2], cost_quantity="s")
+
+    assert risk_curve(trace(), [0.0]).errors().tolist() == [1]
+    for changes in (
+        {"lengths": [2]},
+        {"weights": [1.0, 2.0]},
+        {"losses": {"disagreement": [[0.5], [0.0]]}},
+    ):
+        with pytest.raises(InvalidArgumentError, match="trace"):
+            risk_curve(trace(**changes), [0.0]).errors()
+    with pytest.raises(InvalidArgumentError, match="unweighted"):
+        departure_curve(trace(weights=[1.0, 2.0]), [0.0]).errors()
 
 
 def test_thresholds_are_compared_in_float32_as_the_rule_does():

@@ -400,12 +400,14 @@ class _Bench:
 
         layers = len(layers_of(self.model))
         depths = {"0": float(layers)}
+        visited: dict[int, NDArray[np.float64]] = {}
 
         def losses(column: int) -> NDArray[np.float64]:
             member = self.family.member(path.knobs[column])
             runs = self.run(test, member, f"testing member {column} of {len(path.knobs) - 1}")
             depths[str(column)] = mean_run_depth(runs, self.exits.layers, layers)
-            return self.loss.of(runs, full, test.references)
+            visited[column] = self.loss.of(runs, full, test.references)
+            return visited[column]
 
         result = control_risk(
             losses,
@@ -454,8 +456,36 @@ class _Bench:
             return replace(self.family.member(path.knobs[0]), certificate=certificate)
         index = int(columns[best - 1])
         knob = float(path.knobs[index])
+        if index != result.index:
+            groups = test.groups if clustered else None
+            upper = self.upper_bound(visited[index], groups, certificate, delta=delta)
+            certificate = replace(
+                certificate, evidence=certificate.evidence | {"upper_bound": upper}
+            )
         certificate = replace(certificate, index=index, knob=knob)
         return replace(self.family.member(knob), certificate=certificate)
+
+    def upper_bound(
+        self,
+        losses: NDArray[np.float64],
+        groups: NDArray[Any] | None,
+        certificate: Certificate,
+        *,
+        delta: float,
+    ) -> dict[str, float]:
+        """Bound of the chosen member's risk, as the certificate gives it for the last certified."""
+        again = control_risk(
+            np.stack([np.zeros_like(losses), losses], axis=1),
+            risk=float(certificate.risk),  # type: ignore[arg-type]
+            delta=delta,
+            bound=self.loss.bound,
+            loss_type="binary" if self.loss.binary else "bounded",
+            groups=groups,
+            rng=int(certificate.split["seed"]),
+            loss=self.loss.name,
+        )
+        found: dict[str, float] = again.certificate.evidence["upper_bound"]
+        return found
 
     def nothing(self, facts: _Facts, *, risk: float, delta: float, n: int, why: str) -> Policy:
         """Return full computation and a certificate that says why."""

@@ -40,7 +40,7 @@ def demo(
     delta: Annotated[float, typer.Option(help="Probability that calibration is misled.")] = 0.05,
     units: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 360,
     fresh: Annotated[int, typer.Option(help="Fresh prompts to check on.")] = 160,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 24,
     out: Annotated[Path, typer.Option(help="Where policies and the plot are written.")] = Path(
         "adaptive-demo"
     ),

@@ -37,6 +37,8 @@ from adaptive.policies import Mode, Policy
 #: The model that comes with the package.
 SHIPPED = Path(__file__).parent / "shipped"
 _POOL = "functions of held-out modules of the Python standard library"
+#: Longest functions used, in lines: prompts stay short enough for a demonstration.
+_LONGEST = 16
 _COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
@@ -79,7 +81,10 @@ def run_demo(
     started = time.perf_counter()
     model, tokenizer = load_shipped()
     prompts = [
-        prompt.text for prompt in held_out_functions(units + fresh, rng=np.random.default_rng(rng))
+        prompt.text
+        for prompt in held_out_functions(
+            units + fresh, rng=np.random.default_rng(rng), maximum_lines=_LONGEST
+        )
     ]
     if len(prompts) < units + fresh:
         raise InvalidArgumentError(
@@ -106,6 +111,7 @@ def run_demo(
             pool=_POOL,
             new_tokens=new_tokens,
             batch_size=16,
+            members=6,
             tokenizer=tokenizer,
             rng=rng,
             progress=progress,

@@ -502,10 +502,11 @@ python scripts/train_shipped_model.py train {options}
 python scripts/train_shipped_model.py export adaptive/shipped
 ```
 
-{steps_done} steps of {tokens_per_step} tokens, {hours} hours on two shared CPU cores with Python
+{steps_done} steps, {tokens:.1f} million tokens, {hours} hours on two busy CPU cores with Python
 {python} and torch {torch}. Text: the interpreter's own standard library without the held-out
-modules{tests}; {stream} tokens an epoch, non-test sources counted twice. Blocks of {block} tokens:
-beyond that position the model is untrained, though the configuration admits {positions}.
+modules{tests}; an epoch would be {stream:.1f} million tokens, non-test sources counted twice.
+Blocks of {block} tokens: beyond that position the model is untrained, though the configuration
+admits {positions}.
 
 Beside the last layer's loss every worker adds, at each step, the loss of one random earlier layer
 (weight {exit_weight}, a quarter of the positions) through the shared final norm and head, so that
@@ -529,9 +530,9 @@ agreement is with the last layer's choice. In brackets: standard errors, package
 
 ## Limits
 
-A few million tokens, seen about once: it writes text that looks like Python and rarely is
-correct. It is a subject for measurement, not a tool for writing code. The training text is
-the standard library's (PSF licence).
+It has read little, and writes text that looks like Python and rarely is correct. It is a subject
+for measurement, not a tool for writing code. The training text is the standard library's (PSF
+licence).
 """
 
 
@@ -571,9 +572,9 @@ def card(record: dict[str, Any], *, config: LlamaConfig, size: int) -> str:
             f"--{name.replace('_', '-')} {recipe[name]}"
             for name in ("steps", "first_steps", "seed", "decay_share")
         ),
-        tokens_per_step=recipe["workers"] * recipe["rows"] * BLOCK,
+        tokens=Recipe(**recipe).blocks(record["diary"]["steps_done"], rank=0).start * BLOCK / 1e6,
         tests=" and the `test` package" if recipe["tests"] else ", without the `test` package",
-        stream=f"{record['stream_tokens']:,}",
+        stream=record["stream_tokens"] / 1e6,
         exit_weight=recipe["exit_weight"],
         held_out_modules=record["held_out_modules"],
         pool=record["pool"],
@@ -598,7 +599,7 @@ def export(
     run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/shipped"),
     n: Annotated[int, typer.Option(help="Blocks to measure on, of either side.")] = 400,
     spread: Annotated[str, typer.Option(help="What is known of the spread over runs.")] = (
-        "Runs with other seeds were not measured."
+        "Runs with other seeds were not\nmeasured."
     ),
 ) -> None:
     """Measure the run's last checkpoint and write model, figures and card."""
@@ -635,6 +636,8 @@ def export(
     (fresh / "README.md").write_text(card(record, config=model.config, size=size))
     if folder.exists():
         shutil.rmtree(folder)
+    for path in fresh.iterdir():
+        path.chmod(0o644)
     fresh.chmod(0o755)
     fresh.rename(folder)
 

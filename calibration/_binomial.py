@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
@@ -10,6 +12,7 @@ from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._validation import check_probability
 
 _TINY = 1e-280
+_STEPS = 20_000
 
 
 def log_betainc(a: ArrayLike, b: ArrayLike, x: ArrayLike) -> NDArray[np.float64]:
@@ -44,7 +47,8 @@ def log_betainc(a: ArrayLike, b: ArrayLike, x: ArrayLike) -> NDArray[np.float64]
         out = np.array(np.log(plain))
     deep = (plain < _TINY) & (x > 0.0)
     if deep.any():
-        out[deep] = _log_betainc_tail(a[deep], b[deep], x[deep])
+        points = zip(a[deep].tolist(), b[deep].tolist(), x[deep].tolist(), strict=True)
+        out[deep] = [_log_betainc_tail(*point) for point in points]
     return out
 
 
@@ -196,27 +200,24 @@ def _boolean(name: str, value: ArrayLike) -> NDArray[np.bool_]:
     return array.astype(bool)
 
 
-def _log_betainc_tail(
-    a: NDArray[np.float64], b: NDArray[np.float64], x: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _log_betainc_tail(a: float, b: float, x: float) -> float:
     """Lower tail by Lentz's method; converges fast for x far below a / (a + b)."""
-    front = a * np.log(x) + b * np.log1p(-x) - special.betaln(a, b) - np.log(a)
-    floor = 1e-300
-    c = np.ones_like(x)
-    d = 1.0 - (a + b) * x / (a + 1.0)
-    d = 1.0 / np.where(np.abs(d) < floor, floor, d)
-    h = d.copy()
-    for m in range(1, 20_000):
+    front = a * math.log(x) + b * math.log1p(-x) - float(special.betaln(a, b)) - math.log(a)
+    c, d = 1.0, 1.0 / _away_from_zero(1.0 - (a + b) * x / (a + 1.0))
+    h = d
+    for m in range(1, _STEPS):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        step = np.ones_like(x)
+        step = 1.0
         for term in (even, odd):
-            d = 1.0 + term * d
-            d = 1.0 / np.where(np.abs(d) < floor, floor, d)
-            c = 1.0 + term / c
-            c = np.where(np.abs(c) < floor, floor, c)
+            d = 1.0 / _away_from_zero(1.0 + term * d)
+            c = _away_from_zero(1.0 + term / c)
             step = c * d
-            h = h * step
-        if np.all(np.abs(step - 1.0) < 1e-15):
+            h *= step
+        if abs(step - 1.0) < 1e-15:
             break
-    return np.asarray(front + np.log(h), dtype=np.float64)
+    return front + math.log(h)
+
+
+def _away_from_zero(value: float) -> float:
+    return value if abs(value) > 1e-300 else 1e-300

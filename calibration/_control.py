@@ -20,6 +20,7 @@ from adaptive.calibration._methods import TESTS, choose_test
 from adaptive.calibration._planning import minimum_units
 from adaptive.calibration._procedures import AbstractProcedure, UpperBoundWalk, procedure_of
 from adaptive.calibration._risk_test import AbstractRiskTest
+from adaptive.calibration._sum_tests import ExactBinomial
 from adaptive.calibration._testing import Tested, mask_of
 from adaptive.calibration._validation import (
     Rng,
@@ -257,43 +258,50 @@ class _Examiner:
     def by_bounds(self) -> bool:
         return isinstance(self.settings.procedure, UpperBoundWalk)
 
-    def read(self, source: LossColumns, column: int) -> NDArray[np.float64]:
-        """Return one column [n_units, 1] in the order fixed by the seed."""
-        values = source.column(column)
+    def read(self, i: int, column: int) -> NDArray[Any]:
+        """Return one column [n_units, 1] of loss i, reordered by the seed if order matters."""
+        values = self.sources[i].column(column)
         if not self.tests:
             self._begin(values.size)
         if values.size != self.n_units:
             raise InvalidArgumentError(
                 "losses", f"{values.size} units in column {column}", f"{self.n_units} units in each"
             )
-        return values[self.order, None]
+        test = self.tests[i]
+        if not isinstance(test, ExactBinomial):
+            values = values.astype(np.float64, copy=False)
+        losses = values[:, None]
+        if values.dtype != np.bool_:
+            require_at_least(
+                "losses", losses, test.least, reason=f"{test.name} test", first_column=column
+            )
+        return losses[self.order] if test.ordered else losses
 
     def visit(self, column: int) -> float:
         """Return the log p-value of one column, the largest over the losses."""
         aim = self.settings.procedure.aim(self.settings.delta, self.sources[0].n_columns)
         parts = []
         for i, source in enumerate(self.sources):
-            losses = self.read(source, column)
-            test = self.tests[i]
-            require_at_least(
-                "losses", losses, test.least, reason=f"{test.name} test", first_column=column
+            losses = self.read(i, column)
+            log_p = self.tests[i].log_p_values(
+                losses, risk=source.risk, delta=aim, bound=source.bound
             )
-            log_p = test.log_p_values(losses, risk=source.risk, delta=aim, bound=source.bound)
-            digest = hashlib.sha256(np.ascontiguousarray(losses).tobytes()).hexdigest()[:16]
-            parts.append((float(log_p[0]), losses.mean(), np.maximum(losses, 0.0).mean(), digest))
-        log_ps, means, positive, digests = zip(*parts, strict=True)
-        self.visits[column] = _Visit(
-            max(log_ps), tuple(map(float, means)), tuple(map(float, positive)), digests
-        )
+            mean = losses.mean()
+            signed = bool(losses.min() < 0.0)
+            positive = np.maximum(losses, 0.0).mean() if signed else mean
+            digest = hashlib.sha256(np.ascontiguousarray(losses)).hexdigest()[:16]
+            parts.append((float(log_p[0]), float(mean), float(positive), digest))
+        log_ps, means, positives, digests = zip(*parts, strict=True)
+        self.visits[column] = _Visit(max(log_ps), means, positives, digests)
         return self.visits[column].log_p
 
     def upper_bounds(self, column: int) -> dict[str, float]:
         """Return pointwise upper bounds of the losses of one column at confidence 1 - delta."""
         bounds = {}
-        for source, test in zip(self.sources, self.tests, strict=True):
+        for i, (source, test) in enumerate(zip(self.sources, self.tests, strict=True)):
             quick = isinstance(test, TargetBets) and not self.by_bounds
             upper = (PredictableBets() if quick else test).upper_bounds(
-                self.read(source, column), delta=self.settings.delta, bound=source.bound
+                self.read(i, column), delta=self.settings.delta, bound=source.bound
             )
             bounds[source.name] = float(upper[0])
         return bounds

@@ -63,8 +63,10 @@ class LossColumns:
         averaged = self.codes is not None and self.codes.size > int(self.codes.max()) + 1
         return "bounded" if averaged else self.loss_type
 
-    def column(self, column: int) -> Array:
+    def column(self, column: int) -> Array | NDArray[np.bool_]:
         """Return one column [n_units], checked, in the order the units came in.
+
+        Binary losses come as booleans, others (means over clusters among them) as float64.
 
         Raises
         ------
@@ -76,15 +78,10 @@ class LossColumns:
             raise InvalidArgumentError(
                 "losses", f"shape {values.shape} for column {column}", "[n_units] per column"
             )
-        try:
-            matrix = values.astype(np.float64)[:, None]
-        except (TypeError, ValueError) as error:
-            raise InvalidTypeError("losses", values, "an array of real numbers") from error
-        require_finite("losses", matrix, first_column=column)
-        if self.loss_type == "binary":
-            require_binary("losses", matrix, first_column=column)
-        require_at_most("losses", matrix, self.bound, first_column=column)
-        return self._reduce(matrix[:, 0])
+        if values.dtype != np.bool_:
+            values = self._checked(values, column)
+        kind = np.bool_ if self.loss_type == "binary" else np.float64
+        return self._reduce(values.astype(kind, copy=False))
 
     def cluster(self, groups: ArrayLike) -> LossColumns:
         """Return the same loss with the cluster as the unit: its mean over the cluster."""
@@ -96,13 +93,26 @@ class LossColumns:
         """Return the same loss on the selected units only."""
         return dataclasses.replace(self, select=select)
 
-    def _reduce(self, values: Array) -> Array:
+    def _checked(self, values: NDArray[Any], column: int) -> Array:
+        try:
+            matrix = values.astype(np.float64, copy=False)[:, None]
+        except (TypeError, ValueError) as error:
+            raise InvalidTypeError("losses", values, "an array of real numbers") from error
+        require_finite("losses", matrix, first_column=column)
+        if self.loss_type == "binary":
+            require_binary("losses", matrix, first_column=column)
+        require_at_most("losses", matrix, self.bound, first_column=column)
+        return matrix[:, 0]
+
+    def _reduce(self, values: NDArray[Any]) -> NDArray[Any]:
         if self.select is not None:
             _same_length(self.select, values)
             return values[self.select]
         if self.codes is not None:
             _same_length(self.codes, values)
-            return np.bincount(self.codes, weights=values) / np.bincount(self.codes)
+            totals = np.bincount(self.codes, weights=values)
+            means = totals / np.bincount(self.codes)
+            return means if self.test_type == "bounded" else means.astype(values.dtype)
         return values
 
 
@@ -170,6 +180,6 @@ def _pick(argument: str, value: Any, key: str, names: Mapping[str, Any]) -> Any:
     return value[key]
 
 
-def _same_length(labels: NDArray[Any], values: Array) -> None:
+def _same_length(labels: NDArray[Any], values: NDArray[Any]) -> None:
     if labels.size != values.size:
         raise InvalidArgumentError("groups", f"{labels.size} labels", f"{values.size} labels")

@@ -198,7 +198,8 @@ def _sums(losses: Array) -> tuple[Array, int]:
 def _errors(losses: Array, bound: float) -> NDArray[np.intp]:
     if bound != 1.0:
         raise InvalidArgumentError("bound", bound, "1 for the exact binomial test")
-    require_binary("losses", losses)
+    if losses.dtype != np.bool_:
+        require_binary("losses", losses)
     return np.asarray(np.count_nonzero(losses, axis=0))
 
 

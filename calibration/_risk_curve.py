@@ -50,6 +50,8 @@ class RiskCurve:
         A provider for `control_risk`: only the columns that are asked for are computed.
         """
         losses = _stopped_losses(self.trace, self.loss, self.thresholds[column], self.warmup)
+        if self.trace.n_tokens == self.trace.n_units:
+            return losses
         mean: NDArray[np.float64] = (
             np.add.reduceat(losses, self.trace.offsets[:-1]) / self.trace.lengths
         )
@@ -145,9 +147,9 @@ def stop_stages(trace: Trace, threshold: float, *, warmup: int = 0) -> NDArray[n
     ndarray of int [n_tokens]
         0..n_exits-1, or ``n_exits`` for full computation.
     """
-    stages = np.full(trace.n_tokens, trace.n_exits, dtype=np.int64)
-    for stage in range(trace.n_exits - 1, -1, -1):
-        stages[trace.scores[:, stage] >= np.float32(threshold)] = stage
+    stops = np.ones((trace.n_tokens, trace.n_exits + 1), dtype=bool)
+    np.greater_equal(trace.scores, np.float32(threshold), out=stops[:, :-1])
+    stages: NDArray[np.int64] = stops.argmax(axis=1).astype(np.int64, copy=False)
     if warmup:
         stages[trace.positions < warmup] = trace.n_exits
     return stages
@@ -252,13 +254,17 @@ def departure_curve(
     """
     values, ascending, order = _prepared(trace, thresholds, loss, warmup)
     unit_of_token = trace.unit_of_token
+    early = trace.positions < warmup if warmup else None
     table = trace.losses[loss]
     first = np.full(trace.n_units, -np.inf, dtype=np.float32)
     spans: list[NDArray[np.int64]] = []
     for rows, counts in _stop_counts(trace, ascending, warmup):
-        _raise_first(first, trace, table, unit_of_token, rows, warmup)
+        wrong = table[rows] != 0
+        if early is not None:
+            wrong &= ~early[rows, None]
+        _raise_first(first, trace.scores[rows], wrong, unit_of_token[rows])
         starts = np.concatenate([np.zeros_like(counts[:1]), counts[:-1]])
-        stage, token = np.nonzero((table[rows].T != 0) & (starts < counts))
+        stage, token = np.nonzero(wrong.T & (starts < counts))
         unit = unit_of_token[rows][token]
         spans.append(np.stack([unit, starts[stage, token], counts[stage, token]]))
     rate = _covered_share(np.concatenate(spans, axis=1), trace, values.size)
@@ -352,22 +358,16 @@ def _stopped_losses(
 
 def _raise_first(
     first: NDArray[np.float32],
-    trace: Trace,
-    table: NDArray[Any],
-    unit_of_token: NDArray[np.int64],
-    rows: slice,
-    warmup: int,
+    scores: NDArray[np.float32],
+    wrong: NDArray[np.bool_],
+    unit: NDArray[np.int64],
 ) -> None:
     """Raise each unit's first departure to the best score at which one of these tokens departs."""
-    scores = trace.scores[rows]
     best = np.maximum.accumulate(scores, axis=1)
-    fresh = np.ones_like(scores, dtype=bool)
+    fresh = np.ones_like(wrong)
     fresh[:, 1:] = best[:, 1:] > best[:, :-1]
-    departs = fresh & (table[rows] != 0)
-    if warmup:
-        departs &= (trace.positions[rows] >= warmup)[:, None]
-    highest = np.where(departs, best, np.float32(-np.inf)).max(axis=1)
-    np.maximum.at(first, unit_of_token[rows], highest)
+    highest = np.where(fresh & wrong, best, np.float32(-np.inf)).max(axis=1)
+    np.maximum.at(first, unit, highest)
 
 
 def _covered_share(spans: NDArray[np.int64], trace: Trace, n_columns: int) -> NDArray[np.float64]:

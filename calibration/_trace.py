@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +13,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._trace_checks import (
+    frozen,
+    joined_arrays,
+    require_compatible,
+    require_no_nan,
+    rows_per_chunk,
+    stage_costs,
+    token_loss,
+    token_rows,
+    unit_groups,
+    unit_indices,
+    unit_lengths,
+    unit_names,
+    unit_weights,
+)
 from adaptive.calibration._validation import Rng, as_generator, group_codes
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -88,29 +100,31 @@ class Trace:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        scores = _rows("scores", self.scores, None, np.float32)
+        scores = token_rows("scores", self.scores, None, np.float32)
         if scores.ndim != 2 or scores.shape[0] == 0 or scores.shape[1] == 0:
             raise InvalidArgumentError("scores", f"shape {scores.shape}", "[n_tokens, n_exits]")
         n_tokens, n_exits = scores.shape
-        lengths = _lengths(self.lengths, n_tokens)
-        losses = {name: _loss(name, value, scores.shape) for name, value in self.losses.items()}
+        lengths = unit_lengths(self.lengths, n_tokens)
+        losses = {
+            name: token_loss(name, value, scores.shape) for name, value in self.losses.items()
+        }
         if not losses:
             raise InvalidArgumentError("losses", "an empty mapping", "at least one named loss")
         columns = {
-            name: _rows(f"columns[{name!r}]", value, n_tokens, None)
+            name: token_rows(f"columns[{name!r}]", value, n_tokens, None)
             for name, value in self.columns.items()
         }
-        _require_no_nan("scores", scores)
+        require_no_nan("scores", scores)
         if not isinstance(self.cost_quantity, str) or not self.cost_quantity:
             raise InvalidTypeError("cost_quantity", self.cost_quantity, "a word such as 'seconds'")
         values = {
-            "scores": _frozen(scores),
+            "scores": frozen(scores),
             "losses": MappingProxyType(losses),
-            "costs": _costs(self.costs, n_exits),
-            "lengths": _frozen(lengths),
-            "unit_ids": _unit_ids(self.unit_ids, lengths.size),
-            "groups": _groups(self.groups, lengths.size),
-            "weights": _weights(self.weights, lengths.size),
+            "costs": stage_costs(self.costs, n_exits),
+            "lengths": frozen(lengths),
+            "unit_ids": unit_names(self.unit_ids, lengths.size),
+            "groups": unit_groups(self.groups, lengths.size),
+            "weights": unit_weights(self.weights, lengths.size),
             "columns": MappingProxyType(columns),
         }
         for name, value in values.items():
@@ -168,7 +182,7 @@ class Trace:
         InvalidArgumentError
             If an index is out of range or repeated, or nothing is selected.
         """
-        chosen = _unit_indices(units, self.n_units)
+        chosen = unit_indices(units, self.n_units)
         lengths = self.lengths[chosen]
         starts = self.offsets[:-1][chosen]
         shift = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
@@ -240,7 +254,7 @@ class Trace:
             raise InvalidArgumentError("traces", traces, "at least one trace")
         first = traces[0]
         for index, other in enumerate(traces[1:], start=1):
-            _require_compatible(first, other, index)
+            require_compatible(first, other, index)
         return cls(
             scores=np.concatenate([trace.scores for trace in traces]),
             losses={
@@ -251,8 +265,8 @@ class Trace:
             cost_quantity=first.cost_quantity,
             lengths=np.concatenate([trace.lengths for trace in traces]),
             unit_ids=tuple(name for trace in traces for name in trace.unit_ids),
-            groups=_joined([trace.groups for trace in traces]),
-            weights=_joined([trace.weights for trace in traces]),
+            groups=joined_arrays([trace.groups for trace in traces]),
+            weights=joined_arrays([trace.weights for trace in traces]),
             columns={
                 name: np.concatenate([trace.columns[name] for trace in traces])
                 for name in first.columns
@@ -280,8 +294,8 @@ class Trace:
         for name, array in self.arrays():
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             digest.update(repr((name, array.dtype.str, array.shape)).encode())
-            for start in range(0, array.shape[0], _rows_per_chunk(array)):
-                piece = array[start : start + _rows_per_chunk(array)]
+            for start in range(0, array.shape[0], rows_per_chunk(array)):
+                piece = array[start : start + rows_per_chunk(array)]
                 digest.update(np.ascontiguousarray(piece).tobytes())
         return digest.hexdigest()
 
@@ -329,158 +343,3 @@ class Trace:
         from adaptive.calibration._trace_io import load_trace
 
         return load_trace(path, memory_map=memory_map)
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _rows(name: str, value: ArrayLike, n_rows: int | None, dtype: Any) -> NDArray[Any]:
-    try:
-        array = np.asanyarray(value, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise InvalidTypeError(name, value, "an array of numbers") from error
-    if array.dtype == object:
-        raise InvalidTypeError(name, "dtype object", "an array of numbers or strings")
-    if n_rows is not None and (array.ndim == 0 or array.shape[0] != n_rows):
-        raise InvalidArgumentError(name, f"shape {array.shape}", f"one row per token ({n_rows})")
-    return _frozen(array)
-
-
-def _loss(name: str, value: ArrayLike, shape: tuple[int, int]) -> NDArray[Any]:
-    label = f"losses[{name!r}]"
-    array = _rows(label, value, None, None)
-    if array.shape != shape:
-        raise InvalidArgumentError(label, f"shape {array.shape}", f"of shape {shape}, as `scores`")
-    if array.dtype.kind not in "biuf":
-        raise InvalidTypeError(label, f"dtype {array.dtype}", "numbers")
-    if array.dtype.kind == "f":
-        if array.dtype.itemsize not in (4, 8):
-            array = _frozen(array.astype(np.float32))
-        _require_no_nan(label, array, infinite=False)
-    return array
-
-
-def _rows_per_chunk(array: NDArray[Any]) -> int:
-    return max(1, _CHUNK // max(1, array[:1].size))
-
-
-def _require_no_nan(name: str, array: NDArray[Any], *, infinite: bool = True) -> None:
-    if isinstance(array, np.memmap):
-        return
-    step = _rows_per_chunk(array)
-    for start in range(0, array.shape[0], step):
-        piece = array[start : start + step]
-        wrong = np.isnan(piece) if infinite else ~np.isfinite(piece)
-        if wrong.any():
-            row, exit_ = np.argwhere(wrong)[0]
-            place = f"{piece[row, exit_]} at token {row + start}, exit {exit_}"
-            raise InvalidArgumentError(name, place, "free of NaN" if infinite else "finite")
-
-
-def _lengths(value: ArrayLike | None, n_tokens: int) -> NDArray[np.int64]:
-    if value is None:
-        return np.ones(n_tokens, dtype=np.int64)
-    raw = np.asarray(value)
-    if raw.ndim != 1 or raw.dtype.kind not in "iu":
-        raise InvalidTypeError("lengths", value, "a vector of integers, one per unit")
-    lengths = raw.astype(np.int64)
-    if lengths.size == 0 or lengths.min() < 1:
-        raise InvalidArgumentError("lengths", value, "at least 1 for every unit")
-    if int(lengths.sum()) != n_tokens:
-        raise InvalidArgumentError(
-            "lengths", f"sum {int(lengths.sum())}", f"summing to the {n_tokens} rows of `scores`"
-        )
-    return lengths
-
-
-def _costs(value: ArrayLike, n_exits: int) -> NDArray[np.float64]:
-    costs = np.array(value, dtype=np.float64)
-    if costs.shape != (n_exits + 1,):
-        raise InvalidArgumentError(
-            "costs", f"shape {costs.shape}", f"of shape ({n_exits + 1},): one per stage"
-        )
-    if not np.isfinite(costs).all() or costs[0] <= 0.0 or (np.diff(costs) <= 0.0).any():
-        raise InvalidArgumentError("costs", costs, "cumulative: positive, finite and increasing")
-    return _frozen(costs)
-
-
-def _unit_ids(value: Sequence[str] | None, n_units: int) -> tuple[str, ...]:
-    if value is None:
-        return tuple(map(str, range(n_units)))
-    names = tuple(str(name) for name in value)
-    if len(names) != n_units:
-        raise InvalidArgumentError("unit_ids", f"{len(names)} ids", f"one per unit ({n_units})")
-    if len(set(names)) != n_units:
-        twice = Counter(names).most_common(1)[0][0]
-        raise InvalidArgumentError("unit_ids", f"{twice!r} twice", "distinct")
-    return names
-
-
-def _groups(value: ArrayLike | None, n_units: int) -> NDArray[Any] | None:
-    if value is None:
-        return None
-    groups = np.array(value)
-    if groups.dtype == object:
-        groups = groups.astype(str)
-    if groups.shape != (n_units,):
-        raise InvalidArgumentError("groups", f"shape {groups.shape}", f"of shape ({n_units},)")
-    return _frozen(groups)
-
-
-def _weights(value: ArrayLike | None, n_units: int) -> NDArray[np.float64] | None:
-    if value is None:
-        return None
-    weights = np.array(value, dtype=np.float64)
-    if weights.shape != (n_units,):
-        raise InvalidArgumentError("weights", f"shape {weights.shape}", f"of shape ({n_units},)")
-    if not np.isfinite(weights).all() or weights.min() < 0.0 or weights.sum() == 0.0:
-        raise InvalidArgumentError("weights", weights, "finite, non-negative and not all zero")
-    return _frozen(weights)
-
-
-def _unit_indices(units: ArrayLike, n_units: int) -> NDArray[np.intp]:
-    chosen = np.asarray(units)
-    if chosen.dtype == bool:
-        if chosen.shape != (n_units,):
-            raise InvalidArgumentError("units", f"mask {chosen.shape}", f"of shape ({n_units},)")
-        chosen = np.flatnonzero(chosen)
-    if chosen.size == 0:
-        raise InvalidArgumentError("units", "nothing selected", "at least one unit")
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-        raise InvalidTypeError("units", units, "a vector of indices or a mask")
-    if chosen.min() < 0 or chosen.max() >= n_units:
-        raise InvalidArgumentError("units", units, f"in 0..{n_units - 1}")
-    if np.unique(chosen).size != chosen.size:
-        raise InvalidArgumentError("units", units, "without repeats")
-    return chosen.astype(np.intp)
-
-
-def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
-    present = [part for part in parts if part is not None]
-    return np.concatenate(present) if present else None
-
-
-def _require_compatible(first: Trace, other: Trace, index: int) -> None:
-    facts: dict[str, Callable[[Trace], object]] = {
-        "number of exits": lambda trace: trace.n_exits,
-        "cost quantity": lambda trace: trace.cost_quantity,
-        "costs": lambda trace: tuple(trace.costs),
-        "names of losses": lambda trace: tuple(sorted(trace.losses)),
-        "types of losses": lambda trace: tuple(
-            trace.losses[name].dtype.str for name in sorted(trace.losses)
-        ),
-        "columns": lambda trace: tuple(
-            (name, trace.columns[name].shape[1:], trace.columns[name].dtype.kind)
-            for name in sorted(trace.columns)
-        ),
-        "presence of groups": lambda trace: trace.groups is None,
-        "presence of weights": lambda trace: trace.weights is None,
-    }
-    for fact, read in facts.items():
-        if read(first) != read(other):
-            raise InvalidArgumentError(
-                "traces", f"another {fact} in trace {index}", f"alike in {fact}"
-            )

@@ -151,6 +151,12 @@ from adaptive.calibration._tail import (
 )
 from adaptive.calibration._testing import bonferroni, fixed_sequence, graphical, holm
 from adaptive.calibration._trace import Trace
+from adaptive.calibration._trace_arrow import (
+    read_trace_parquet,
+    trace_from_arrow,
+    trace_to_arrow,
+    write_trace_parquet,
+)
 from adaptive.calibration._trace_io import load_trace, save_trace
 from adaptive.calibration._transformed_losses import (
     TransformedLosses,
@@ -289,6 +295,7 @@ __all__ = [
     "prediction_powered_losses",
     "quantile_rank",
     "ratio_log_p",
+    "read_trace_parquet",
     "reliability_curve",
     "risk_curve",
     "save_trace",
@@ -299,8 +306,11 @@ __all__ = [
     "stop_stages",
     "survivor_thresholds",
     "thin_by_weights",
+    "trace_from_arrow",
+    "trace_to_arrow",
     "truncated_sprt",
     "tune_power",
+    "write_trace_parquet",
     "wsr_log_p",
     "wsr_upper_bound",
 ]

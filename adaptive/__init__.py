@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from adaptive import calibration as calibration
     from adaptive import policies as policies
     from adaptive._calibrate import calibrate as calibrate
-    from adaptive._deployment import Deployment as Deployment
+    from adaptive._departure import path_losses as path_losses
+    from adaptive._departure import first_departures as first_departures
+    from adaptive._departure import flip_bound as flip_bound
     from adaptive._display import RiskPathDisplay as RiskPathDisplay
     from adaptive._exits import Exits as Exits
     from adaptive._exits import NoExitsError as NoExitsError
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from adaptive.calibration import minimum_units as minimum_units
     from adaptive.calibration import plan_units as plan_units
     from adaptive.policies import Policy as Policy
-    from adaptive.policies import ProbeScore as ProbeScore
     from adaptive.policies import Threshold as Threshold
 
     __version__: str
@@ -49,13 +50,11 @@ _HOMES = {
     "Certificate": "adaptive.calibration",
     "CertificateError": "adaptive.calibration",
     "CertificateMismatchError": "adaptive.calibration",
-    "Deployment": "adaptive._deployment",
     "ExitTraining": "adaptive._train",
     "Exits": "adaptive._exits",
     "InvalidArgumentError": "adaptive.calibration",
     "NoExitsError": "adaptive._exits",
     "Policy": "adaptive.policies",
-    "ProbeScore": "adaptive.policies",
     "RiskPathDisplay": "adaptive._display",
     "Threshold": "adaptive.policies",
     "Trace": "adaptive.calibration",
@@ -64,6 +63,9 @@ _HOMES = {
     "calibrate": "adaptive._calibrate",
     "collect_trace": "adaptive._trace_model",
     "control_risk": "adaptive.calibration",
+    "path_losses": "adaptive._departure",
+    "first_departures": "adaptive._departure",
+    "flip_bound": "adaptive._departure",
     "detach_exits": "adaptive._exits",
     "generate": "adaptive._generate",
     "get_exits": "adaptive._exits",

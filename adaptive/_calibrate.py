@@ -21,7 +21,7 @@ from adaptive._exits import Exits, get_exits
 from adaptive._families import layers_of
 from adaptive._fingerprint import text_hash
 from adaptive._inputs import Units, read_units, tokenizer_of
-from adaptive._losses import LossName, SequenceLoss, UnitLoss, unit_loss
+from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
 from adaptive._path import Path, choose_path
 from adaptive._runs import Run, full_depth, run_units
 from adaptive._settings import check_stages, fingerprints
@@ -30,6 +30,7 @@ from adaptive._timing import seconds_per_token
 from adaptive._train import ExitTraining, train_exits
 from adaptive.calibration import (
     Certificate,
+    DeltaLedger,
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedError,
@@ -51,6 +52,7 @@ def calibrate(
     *,
     policy: Policy | None = None,
     loss: LossName | SequenceLoss = "disagreement",
+    reduction: Reduction = "mean",
     bound: float | None = None,
     method: str = "auto",
     mode: Mode | None = None,
@@ -64,6 +66,7 @@ def calibrate(
     training: ExitTraining | None = None,
     device: torch.device | str | None = None,
     tier: Tier | None = None,
+    ledger: DeltaLedger | None = None,
     rng: int = 0,
     progress: bool = True,
     **generation: Any,
@@ -102,6 +105,9 @@ def calibrate(
         ``"token_f1"``, ``"rouge_l"``, ``"edit"``: distance of the text from the full model's. Or
         ``loss(early, full, reference)`` on token ids, at most ``bound``; it may be negative where
         early is better.
+    reduction : {"mean", "any"}
+        How token disagreements become a unit's loss: their share, or whether there is any (the
+        same as ``"departure"``). Losses between texts are not reduced.
     bound : float, optional
         Largest value of a callable loss.
     method : str
@@ -134,6 +140,9 @@ def calibrate(
         Moves the model there first.
     tier : {"native", "generic"}, optional
         Force how layers are run.
+    ledger : DeltaLedger, optional
+        The deployment's account of error probability: ``delta`` is spent on it before the first
+        test loss is read, whatever comes out.
     rng : int
         Seed of the split, the order of units, and sampling.
     progress : bool
@@ -180,7 +189,7 @@ def calibrate(
         raise InvalidTypeError("rng", rng, "an integer seed")
     if members < 1:
         raise InvalidArgumentError("members", members, "an integer >= 1")
-    measured = unit_loss(loss, bound=bound)
+    measured = unit_loss(loss, bound=bound, reduction=reduction)
     needed = minimum_units(risk, delta, **_test_of(measured, method))
     generation.setdefault("do_sample", False)
     deployment = Deployment(
@@ -231,6 +240,11 @@ def calibrate(
         if slower is not None:
             _log.warning("%s", slower)
             return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=slower)
+    if ledger is not None:
+        data = facts.fingerprints["data"]
+        entry = ledger.spend(delta, purpose=f"calibrate {measured.name} at {risk:g}", data=data)
+        account = {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
+        facts = replace(facts, split=facts.split | {"ledger": account})
     return bench.certify(
         path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=int(rng)
     )

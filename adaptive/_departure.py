@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaptive._collect import collect
 from adaptive._deployment import Deployment
+from adaptive._exits import require_exits
 from adaptive._generate import generate
-from adaptive._inputs import Units, batches
-from adaptive._losses import SequenceLoss
+from adaptive._inputs import Units, batches, read_units
+from adaptive._losses import LossName, SequenceLoss, unit_loss
 from adaptive._output import AdaptiveOutput
-from adaptive._runs import Run, run_units
+from adaptive._runs import Run, full_depth, run_units
 from adaptive._tier import Tier
 from adaptive.calibration import InvalidArgumentError, Trace, UnsupportedError, binomial_upper_bound
 from adaptive.policies import Policy, exit_stages
@@ -244,6 +247,88 @@ def derived_sequence_losses(
             [loss(a, b, r) for a, b, r in zip(early, texts, units.references, strict=True)]
         )
     return np.array(columns, dtype=np.float64).T
+
+
+def path_losses(
+    model: PreTrainedModel,
+    dataset: Any,
+    policy: Policy,
+    knobs: Sequence[float],
+    *,
+    loss: LossName | SequenceLoss = "departure",
+    new_tokens: int = 64,
+    batch_size: int = 8,
+    column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tier: Tier | None = None,
+    rng: int = 0,
+    progress: bool = True,
+    **generation: Any,
+) -> NDArray[np.float64]:
+    """Losses between texts for a whole path from one trace (``exact`` mode).
+
+    The full model's text is generated and traced once. ``"departure"`` follows from the trace;
+    for other losses a member generates only from the point where it departs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With exits.
+    dataset
+        Prompts, as for :func:`calibrate`; equal prompts count once.
+    policy : Policy
+        The family.
+    knobs : sequence of float
+        Its members.
+    loss : str or callable
+        ``"departure"``, ``"token_f1"``, ``"rouge_l"``, ``"edit"`` or
+        ``loss(early, full, reference)``.
+    new_tokens, batch_size, column, tokenizer, tier, rng, progress, **generation
+        As for :func:`calibrate`.
+
+    Returns
+    -------
+    ndarray of float64 [n_units, n_members]
+        Derived, not observed: see the notes of :func:`first_departures` before testing on them.
+    """
+    if loss == "disagreement":
+        raise InvalidArgumentError(
+            "loss", loss, "a loss between texts: what follows a departure is not in the trace"
+        )
+    generation.setdefault("do_sample", False)
+    deployment = Deployment(
+        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=rng
+    )
+    units = read_units(dataset, model=model, tokenizer=tokenizer, column=column).distinct()
+    texts = [
+        run.tokens
+        for run in run_units(
+            model,
+            units,
+            replace(full_depth(require_exits(model)), mode="propagate"),
+            deployment=deployment,
+            labels=False,
+            tier=tier,
+            progress=progress,
+            description="full-depth text",
+        )
+    ]
+    # a text of one token is read off the prompt at full depth: no member departs from it
+    long = [i for i, text in enumerate(texts) if len(text) > 1]
+    found = np.zeros((len(units), len(knobs)))
+    kept, own = units.select(long), [texts[i] for i in long]
+    trace = collect(
+        model, kept, own, deployment=deployment, score=policy.score, progress=progress, tier=tier
+    )
+    if loss == "departure":
+        found[long] = first_departures(policy, knobs, trace).losses
+        return found
+    measure = loss if callable(loss) else unit_loss(loss, bound=None).sequence
+    assert measure is not None
+    found[long] = derived_sequence_losses(
+        model, kept, own, policy, knobs, trace, loss=measure, deployment=deployment, tier=tier
+    )
+    return found
 
 
 def compare_with_real(

@@ -16,6 +16,7 @@ from adaptive.calibration import InvalidArgumentError
 Tokens = Sequence[int]
 #: ``loss(early, full, reference)``; the reference is the unit's given continuation or ``None``.
 SequenceLoss = Callable[[Tokens, Tokens, Tokens | None], float]
+Reduction = Literal["mean", "any"]
 LossName = Literal["disagreement", "departure", "token_f1", "rouge_l", "edit"]
 
 
@@ -130,7 +131,9 @@ class UnitLoss:
         )
 
 
-def unit_loss(loss: LossName | SequenceLoss, *, bound: float | None) -> UnitLoss:
+def unit_loss(
+    loss: LossName | SequenceLoss, *, bound: float | None, reduction: Reduction = "mean"
+) -> UnitLoss:
     """Return the loss that a name or a callable stands for.
 
     Raises
@@ -138,6 +141,12 @@ def unit_loss(loss: LossName | SequenceLoss, *, bound: float | None) -> UnitLoss
     InvalidArgumentError
         If the name is unknown, or a callable comes without its bound.
     """
+    if reduction not in get_args(Reduction):
+        raise InvalidArgumentError("reduction", reduction, "'mean' or 'any'")
+    if loss == "disagreement" and reduction == "any":
+        loss = "departure"
+    if reduction == "any" and loss != "departure":
+        raise InvalidArgumentError("reduction", reduction, "'mean' for a loss between whole texts")
     if loss == "disagreement":
         return UnitLoss("share of tokens that differ from the full model's choice", False, 1.0)
     if loss == "departure":

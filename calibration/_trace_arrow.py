@@ -119,7 +119,7 @@ def write_trace_parquet(trace: Trace, path: str | Path) -> None:
 def read_trace_parquet(path: str | Path) -> Trace:
     """Read a trace written by `write_trace_parquet`; errors as `trace_from_arrow`."""
     _pyarrow()
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     if not Path(path).is_file():
         raise InvalidArgumentError("path", str(path), "an existing Parquet file")

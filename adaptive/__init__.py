@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from adaptive import calibration as calibration
     from adaptive import policies as policies
     from adaptive._calibrate import calibrate as calibrate
-    from adaptive._departure import path_losses as path_losses
     from adaptive._departure import first_departures as first_departures
     from adaptive._departure import flip_bound as flip_bound
+    from adaptive._departure import path_losses as path_losses
     from adaptive._display import RiskPathDisplay as RiskPathDisplay
     from adaptive._exits import Exits as Exits
     from adaptive._exits import NoExitsError as NoExitsError

@@ -180,7 +180,8 @@ def calibrate(
     """
     if mode == "verify" or (mode is None and policy is not None and policy.mode == "verify"):
         raise UnsupportedError(
-            "`verify` mode has no risk to calibrate: its text is the full model's under any policy. Pass the policy to "
+            "`verify` mode has no risk to calibrate: its text is the full model's under any "
+            "policy. Pass the policy to "
             "`generate` as it is"
         )
     if mode not in (None, "exact", "propagate"):
@@ -227,13 +228,14 @@ def calibrate(
     )
     if n_test < needed:
         why = (
-            f"Too few units: the test split has {n_test}, and this promise needs at least {needed} in the test even if "
+            f"Too few units: the test split has {n_test}, and this promise needs at least "
+            f"{needed} in the test even if "
             f"every loss is zero (about {_total_units(needed)} prompts in all)."
         )
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     path = bench.path(risk=risk, members=members)
     if len(path.knobs) == 1:
-        why = "No member of the family stops early on the fit split within 1.3 times the promised risk."
+        why = "No member stops early on the fit split within 1.3 times the promised risk."
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     if mode is None and policy is None:
         slower = bench.no_gain(path, risk)
@@ -272,7 +274,7 @@ class _Split:
     repeated: int
 
     def record(self, seed: int) -> dict[str, Any]:
-        """What the certificate says of the split."""
+        """Return what the certificate says of the split."""
         return {
             "seed": seed,
             "n_fit": len(self.fit),
@@ -382,15 +384,17 @@ class _Bench:
         )
 
     def no_gain(self, path: Path, risk: float) -> str | None:
-        """Say so if the member nearest to the promise is measured to be no faster than full depth."""
+        """Say so if the member nearest to the promise is measured not to be faster than full."""
         within = np.flatnonzero(path.predicted <= risk)
         nearest = self.family.member(path.knobs[max(1, int(within.max()))])
         full, early = self.seconds([full_depth(self.exits), nearest])
         if early < full:
             return None
         return (
-            f"In `{self.family.mode}` mode stopping early gains nothing on this machine ({1e3 * early:.3g} ms per token "
-            f"against {1e3 * full:.3g} at full depth): skipped layers are computed later, in batches, which pays where "
+            f"In `{self.family.mode}` mode stopping early gains nothing on this machine "
+            f"({1e3 * early:.3g} ms per token "
+            f"against {1e3 * full:.3g} at full depth): skipped layers are computed later, in "
+            "batches, which pays where "
             f"decoding is bound by memory. Pass mode='propagate' to skip them for good."
         )
 
@@ -461,7 +465,8 @@ class _Bench:
         )
         if best == 0:
             note = (
-                f"Members {[int(j) for j in columns]} are certified, but none is faster than full depth on this machine in "
+                f"Members {[int(j) for j in columns]} are certified, but none is faster than "
+                "full depth on this machine in "
                 f"`{self.family.mode}` mode, so full computation is used."
             )
             certificate = replace(

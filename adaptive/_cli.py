@@ -47,7 +47,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     quiet: _Quiet = False,
 ) -> None:
-    """Keep the whole promise on real text: calibrate the shipped model and check on fresh prompts."""
+    """Calibrate the shipped model on real text and check the promise on fresh prompts."""
     _check(risk, delta)
     _at_least("units", units, 2)
     _at_least("fresh", fresh, 2)

@@ -1,4 +1,4 @@
-"""The main job on real text: calibrate the shipped model, then check the promise on fresh prompts."""
+"""The main job on real text: calibrate the shipped model, check the promise on fresh prompts."""
 
 from __future__ import annotations
 
@@ -91,8 +91,10 @@ def run_demo(
             "units", units + fresh, f"at most {len(prompts)} functions in all"
         )
     console.print(
-        f"Model: {model.config.num_hidden_layers} layers, exits after {require_exits(model).layers}; "
-        f"{units} prompts to calibrate on, {fresh} fresh ones to check, {new_tokens} new tokens each."
+        f"Model: {model.config.num_hidden_layers} layers, exits after "
+        f"{require_exits(model).layers}; "
+        f"{units} prompts to calibrate on, {fresh} fresh ones to check, {new_tokens} new "
+        "tokens each."
     )
     reading = {"model": model, "tokenizer": tokenizer}
     later = read_units(prompts[units:], **reading)
@@ -257,7 +259,7 @@ def _completion(
 
 
 def _plot(outcomes: Sequence[_Outcome], out: Path) -> Path | None:
-    """Write risk and depth along each mode's path; ``None`` without matplotlib or tested members."""
+    """Draw risk and depth along the paths; ``None`` without matplotlib or tested members."""
     try:
         from matplotlib import pyplot
     except ImportError:

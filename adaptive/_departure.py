@@ -80,7 +80,8 @@ def first_departures(policy: Policy, knobs: Sequence[float], trace: Trace) -> De
     """
     if policy.mode != "exact":
         raise UnsupportedError(
-            f"departures can be derived in `exact` mode only, not in `{policy.mode}`: there every loss comes from a "
+            f"departures can be derived in `exact` mode only, not in `{policy.mode}`: there "
+            "every loss comes from a "
             f"real generation"
         )
     answers = np.asarray(trace.columns["answers"])

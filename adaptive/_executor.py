@@ -48,7 +48,7 @@ class AbstractExecutor(abc.ABC):
     def run(
         self, low: int, high: int, hidden: Tensor, start: int, *, frozen: Tensor | None = None
     ) -> Tensor:
-        """Run layers ``low .. high - 1`` over ``hidden [batch, n, width]`` and keep keys and values.
+        """Run layers ``low .. high - 1`` over ``hidden [batch, n, width]``, keep keys and values.
 
         Rows with ``frozen`` (bool ``[batch]``) keep their hidden state: every layer projects
         their keys and values from it, which is what ``propagate`` means.

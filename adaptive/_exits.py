@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -242,7 +243,7 @@ def attach_exits(
             )
     else:
         chosen = default_layers(total) if layers is None else tuple(layers)
-        rising = all(a < b for a, b in zip(chosen, chosen[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(chosen))
         if not chosen or not rising or chosen[0] < 1 or chosen[-1] >= total:
             raise InvalidArgumentError(
                 "layers", chosen, f"ascending layer counts in 1..{total - 1}"
@@ -291,7 +292,8 @@ def require_exits(model: PreTrainedModel) -> Exits:
     exits = get_exits(model)
     if exits is None:
         raise NoExitsError(
-            "this model has no exits: attach saved ones with `attach_exits(model, directory)`, train new ones with "
+            "this model has no exits: attach saved ones with `attach_exits(model, "
+            "directory)`, train new ones with "
             "`train_exits(model, prompts)`, or let `calibrate(model, prompts)` do it"
         )
     return exits

@@ -1,4 +1,4 @@
-"""What the library must know about a model family: where its layers are and how it reads them out."""
+"""What the library must know of a model family: its layers, and how it reads them out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def family_of(model: nn.Module) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise UnsupportedError(
-            f"{type(model).__name__} has no `config.model_type`: exits need a Hugging Face causal language model"
+            f"{type(model).__name__} has no `config.model_type`: exits need a Hugging Face "
+            "causal language model"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
@@ -92,7 +93,8 @@ def family_of(model: nn.Module) -> Family:
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise UnsupportedError(
-        f"model family {model_type!r} is not known: missing are the path of its layers and of the modules between "
+        f"model family {model_type!r} is not known: missing are the path of its layers and of "
+        "the modules between "
         f"them and the head (a `Family` row in adaptive/_families.py). Known: {known}"
     )
 

@@ -1,4 +1,4 @@
-"""Short hashes that say whether a model, its exits or a text are the ones a certificate was earned on."""
+"""Short hashes that tell a model, its exits and its texts from others."""
 
 from __future__ import annotations
 

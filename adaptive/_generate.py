@@ -1,4 +1,4 @@
-"""``generate``: text from a model under a policy, as a verb and as transformers' ``custom_generate``."""
+"""``generate``: text under a policy, as a verb and as transformers' ``custom_generate``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
 from adaptive._decode import Job, Record, decode
-from adaptive._exits import Exits, require_exits
 from adaptive._executor import AbstractExecutor
+from adaptive._exits import Exits, require_exits
 from adaptive._families import family_of
 from adaptive._output import AdaptiveOutput
 from adaptive._settings import (
@@ -44,7 +45,10 @@ from adaptive.calibration import (
 from adaptive.policies import Policy
 
 RandomMode = Literal["generate", "keyed"]
-_NO_ASSISTANT = "`assistant_model` is not supported under a policy (mode='verify' speculates with the model itself)"
+_NO_ASSISTANT = (
+    "`assistant_model` is not supported under a policy "
+    "(mode='verify' speculates with the model itself)"
+)
 #: Most slots an inbox holds by default: long enough to batch well, short enough to bound a settle.
 _MAX_PENDING = {"exact": 32, "propagate": 32, "verify": 8}
 #: Keyword arguments that transformers passes to every decoding method and that change nothing here.
@@ -112,7 +116,9 @@ def generate(
     tier : {"native", "generic"}, optional
         Force how layers are run; ``None`` chooses.
     **model_kwargs
-        Model inputs and generation settings, as for ``model.generate``.
+        Model inputs and generation settings, as for ``model.generate``. (``stop_strings`` needs
+        this door: ``model.generate`` hides the tokenizer from decoding methods and then asks for
+        it. There, pass a ``StopStringCriteria`` among the ``stopping_criteria``.)
 
     Returns
     -------
@@ -152,6 +158,7 @@ def generate(
     if not hasattr(generation_config, "_pad_token_tensor"):
         # the verb: let transformers prepare the inputs, then come back as its decoding method
         method = functools.partial(_prepared, own=own, streamer=streamer)
+        stopping_criteria = _with_stop_strings(stopping_criteria, model_kwargs)
         prepared: AdaptiveOutput | Tensor = model.generate(  # type: ignore[operator]
             input_ids,
             generation_config=generation_config,
@@ -176,6 +183,21 @@ def generate(
         streamer=streamer or outer.get("streamer"),
         **model_kwargs,
     )
+
+
+def _with_stop_strings(
+    criteria: StoppingCriteriaList | None, model_kwargs: dict[str, Any]
+) -> StoppingCriteriaList | None:
+    """Turn ``stop_strings`` and ``tokenizer`` into a criterion.
+
+    transformers drops the tokenizer when it is given a decoding method, and then misses it.
+    """
+    tokenizer, strings = model_kwargs.pop("tokenizer", None), model_kwargs.get("stop_strings")
+    if tokenizer is None or strings is None:
+        return criteria
+    del model_kwargs["stop_strings"]
+    own = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+    return StoppingCriteriaList([*(criteria or []), own])
 
 
 def _transformers_frame() -> dict[str, Any]:
@@ -214,7 +236,8 @@ def _prepared(
     mismatches = certificate_mismatches(policy, model, exits, settings)
     if mismatches and own["certified"]:
         raise CertificateMismatchError(
-            f"the policy's certificate does not apply here: {'; '.join(mismatches)}. Calibrate for these settings, or "
+            f"the policy's certificate does not apply here: {'; '.join(mismatches)}. "
+            "Calibrate for these settings, or "
             "pass `certified=False` to go on without the certificate"
         )
     executor = executor_for(model, tier=own["tier"])
@@ -252,11 +275,12 @@ def _inputs(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> tuple[Tensor | None, Tensor]:
-    """Refuse what is not supported; return padding ``[batch, prompt]`` and positions of every slot."""
+    """Refuse what is not supported; return padding ``[batch, prompt]`` and all positions."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UnsupportedError(
-            f"{mode.value.replace('_', ' ')} is not supported under a policy: use greedy decoding or sampling"
+            f"{mode.value.replace('_', ' ')} is not supported under a policy: use greedy "
+            "decoding or sampling"
         )
     if config.return_dict_in_generate:
         for name in ("output_attentions", "output_hidden_states"):
@@ -365,7 +389,7 @@ def _noise(
 
 
 def _unit_keys(own: dict[str, Any], input_ids: Tensor) -> Tensor:
-    """Number of each row's unit, int64 ``[batch]``."""
+    """Return the number of each row's unit, int64 ``[batch]``."""
     batch = input_ids.shape[0]
     units = torch.arange(batch) if own["units"] is None else torch.as_tensor(own["units"])
     if units.shape != (batch,):
@@ -414,7 +438,7 @@ def _output(job: Job, record: Record, mismatches: tuple[str, ...]) -> AdaptiveOu
 
 
 def mean_depth(stages: Tensor, exits: tuple[int, ...], layers: int) -> float:
-    """Mean number of layers behind a generated token; the first, read off the prompt, not counted."""
+    """Mean number of layers behind a generated token, the first (the prompt's) not counted."""
     later = stages[:, 1:]
     depth = torch.tensor([*exits, layers], dtype=torch.float64, device=stages.device)
     real = later >= 0

@@ -43,7 +43,8 @@ class _Phantom(DynamicCache):
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError(
-            "the model writes keys and values outside its decoder layers: its layers cannot be replayed"
+            "the model writes keys and values outside its decoder layers: its layers cannot "
+            "be replayed"
         )
 
 

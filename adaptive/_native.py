@@ -203,7 +203,7 @@ class NativeExecutor(AbstractExecutor):
     def _attend(
         self, index: int, query: Tensor, stop: int, mask: Tensor | None, causal: bool
     ) -> Tensor:
-        """Attention of ``query [batch, heads, n, head width]`` over the layer's first ``stop`` slots."""
+        """Attention of ``query [batch, heads, n, head width]`` over the first ``stop`` slots."""
         batch, heads, count, width = query.shape
         keys = self._keys[index, :, :, :stop]
         values = self._values[index, :, :, :stop]
@@ -247,7 +247,7 @@ def why_not_native(model: PreTrainedModel) -> str | None:
             getattr(module.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")
         ]
         if any(type(linear) is not nn.Linear for linear in linears):
-            return f"layer {index} has projections that are not plain linear layers (quantised or wrapped)"
+            return f"layer {index} has projections that are quantised or wrapped"
         if any(linear.bias is not None for linear in linears[4:]):
             return f"layer {index} has biases in its feed-forward part"
         if _hooked(module):
@@ -270,7 +270,7 @@ def _window(model: PreTrainedModel) -> int | None:
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``states [..., heads, n, head width]`` with the sign folded into ``sin``."""
+    """Rotate ``states [..., heads, n, head width]``; the sign is folded into ``sin``."""
     return torch.addcmul(states * cos, torch.roll(states, states.shape[-1] // 2, dims=-1), sin)
 
 

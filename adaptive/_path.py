@@ -1,4 +1,4 @@
-"""The path of a policy family, from full computation to its cheapest member, chosen on the fit split."""
+"""The path of a policy family, from full computation down, chosen on the fit split."""
 
 from __future__ import annotations
 

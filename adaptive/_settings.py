@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from adaptive._exits import Exits
@@ -41,8 +40,20 @@ _PURE = frozenset(
         "TypicalLogitsWarper",
     }
 )
-#: Fields of a processor that depend on the prompt or the batch, not on the settings.
-_INCIDENTAL = frozenset({"prompt_length_to_skip", "begin_index", "regulation_start", "length_bias"})
+#: Fields of a processor that follow from the batch or fill up in use: no settings.
+_INCIDENTAL = frozenset(
+    {
+        "batch_size",
+        "cu_seq_lens_q",
+        "generated_ngrams",
+        "length_1_bias",
+        "logits_indices",
+        "multi_token_biases",
+        "prepared_bias_variables",
+    }
+)
+#: Fields that count from the start of the prompt: a setting only once its length is taken off.
+_COUNTED = frozenset({"prompt_length_to_skip", "begin_index", "regulation_start", "max_length"})
 
 
 def check_processors(processors: LogitsProcessorList) -> None:
@@ -63,8 +74,10 @@ def check_processors(processors: LogitsProcessorList) -> None:
         if getattr(kind, "is_pure", False) or (ours and kind.__name__ in _PURE):
             continue
         raise UnsupportedError(
-            f"the logits processor {kind.__name__} may keep state between calls, and policies ask processors about "
-            f"the same prefix twice: if it is a function of (input_ids, scores) alone, set `is_pure = True` on its class"
+            f"the logits processor {kind.__name__} may keep state between calls, and policies "
+            "ask processors about "
+            "the same prefix twice: if it is a function of (input_ids, scores) alone, set "
+            "`is_pure = True` on its class"
         )
 
 
@@ -79,7 +92,10 @@ def decoding_settings(
     eos = getattr(config, "_eos_token_tensor", None)
     return {
         "sampling": bool(config.do_sample),
-        "processors": [_described(processor) for processor in processors],
+        "processors": [
+            _described(processor, config, config.max_length - new_tokens)
+            for processor in processors
+        ],
         "eos_token_id": [] if eos is None else sorted(int(token) for token in eos.flatten()),
         "max_new_tokens": int(new_tokens),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -116,7 +132,8 @@ def certificate_mismatches(
             found.append(f"another {name}: certified on {earned}, running on {here}")
     if certificate.decoding.get("mode") != policy.mode:
         found.append(
-            f"another mode: certified in {certificate.decoding.get('mode')!r}, running in {policy.mode!r}"
+            f"another mode: certified in {certificate.decoding.get('mode')!r}, running in "
+            f"{policy.mode!r}"
         )
     for name, here in settings.items():
         earned = certificate.decoding.get(name)
@@ -146,13 +163,19 @@ def check_stages(policy: Policy, exits: Exits) -> None:
         )
 
 
-def _described(processor: Any) -> dict[str, Any]:
-    """Return class name and settings of a processor."""
-    fields = {
-        name.lstrip("_"): _plain(value)
-        for name, value in sorted(vars(processor).items())
-        if name not in _INCIDENTAL and _plain(value) is not None
-    }
+def _described(processor: Any, config: GenerationConfig, prompt: int) -> dict[str, Any]:
+    """Return class name and settings of a processor, the same for any prompt and batch."""
+    counted = set(_COUNTED)
+    if getattr(config, "min_new_tokens", None) is not None:
+        counted.add("min_length")  # transformers has set it from the prompt's length
+    fields = {}
+    for name, value in sorted(vars(processor).items()):
+        plain = _plain(value)
+        if name in _INCIDENTAL or plain is None:
+            continue
+        if name == "prompt_ignore_length" and isinstance(value, torch.Tensor):
+            continue  # the padding of each row
+        fields[name.lstrip("_")] = plain - prompt if name in counted else plain
     return {"type": type(processor).__name__} | fields
 
 
@@ -163,6 +186,8 @@ def _plain(value: Any) -> Any:
         return (
             value if value == value and value not in (float("inf"), float("-inf")) else str(value)
         )
+    if isinstance(value, Mapping):
+        return sorted([_plain(key), _plain(item)] for key, item in value.items())
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     return None

@@ -37,7 +37,7 @@ class AbstractStack(abc.ABC):
         self.keep_finals = False
 
     def prefill(self, ids: Tensor, *, chunk: int = 1024) -> Tensor:
-        """Run a prompt ``[batch, length]`` at full depth; last slot's final hidden ``[batch, width]``."""
+        """Run a prompt ``[batch, n]`` at full depth; the last slot's final hidden state."""
         for start in range(0, ids.shape[1], chunk):
             tokens = ids[:, start : start + chunk]
             hidden = self.executor.embed(tokens, start)

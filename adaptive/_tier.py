@@ -1,4 +1,4 @@
-"""Choosing how to run a model: the native tier where a self-check allows it, else the generic one."""
+"""How to run a model: the native tier where a self-check allows it, else the generic one."""
 
 from __future__ import annotations
 

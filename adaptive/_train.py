@@ -86,7 +86,7 @@ class ExitTraining:
 
 @dataclass(frozen=True)
 class _Slots:
-    """Hidden states at sampled positions: ``states [n_exits + 1, n, width]``, the last one final."""
+    """Hidden states at sampled positions: ``states [n_exits + 1, n, width]``, last one final."""
 
     states: Tensor
 
@@ -389,7 +389,7 @@ def _resume(
 
 @torch.no_grad()
 def _fit_probes(exits: Exits, slots: _Slots, readout: Readout, rng: int, progress: bool) -> None:
-    """One logistic regression per exit: does the early choice agree with the full model's?"""
+    """Fit one logistic regression per exit: does its choice agree with the full model's."""
     device = exits.down.device
     choices = _argmax(slots.states[-1], readout, device)
     for exit in tqdm(range(len(exits.layers)), desc="probes", unit="exit", disable=not progress):

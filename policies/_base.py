@@ -130,11 +130,15 @@ class AbstractScore(_Record):
     ``across_tokens`` says that the memory outlives a token: a trace of such a score has to be
     collected in the order of the tokens. What such a memory holds may depend on the first asked
     stage only, which every token visits; otherwise a trace could not foretell the loop.
+
+    ``upper`` is the largest value the score can take: a finite threshold above it would silently
+    never stop, so a policy refuses it.
     """
 
     _classes: ClassVar[dict[str, type[Any]]] = {}
     needs: ClassVar[frozenset[str]]
     across_tokens: ClassVar[bool] = False
+    upper: ClassVar[float] = float("inf")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -163,13 +167,15 @@ class AbstractRule(_Record):
     ``nested`` says whether a cheaper member of the path never stops later than a safer one on
     the same scores. Calibration does not need it; reports use it. ``scope`` says who shares a
     decision: a rule of scope "batch" depends on who else is in the batch, and what was shown for
-    one composition of the batch says nothing about another.
+    one composition of the batch says nothing about another. ``on_score`` says that the field
+    ``threshold`` is compared with the score itself, whose range then bounds it.
     """
 
     _classes: ClassVar[dict[str, type[Any]]] = {}
     needs: ClassVar[frozenset[str]] = frozenset()
     nested: ClassVar[bool] = True
     scope: ClassVar[Scope] = "row"
+    on_score: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -36,6 +36,7 @@ class LinearGate(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    upper: ClassVar[float] = 1.0
 
     weights: Matrix
     biases: Vector
@@ -84,6 +85,7 @@ class StatisticsGate(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    upper: ClassVar[float] = 1.0
 
     weights: Matrix
     biases: Vector
@@ -140,6 +142,7 @@ class HaltingGate(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "previous"})
+    upper: ClassVar[float] = 1.0
 
     layers: tuple[Matrix, ...]
     biases: Matrix
@@ -250,6 +253,7 @@ class RecurrentGate(AbstractScore):
     """
 
     across_tokens: ClassVar[bool] = True
+    upper: ClassVar[float] = 1.0
 
     base: AbstractScore
     decays: Vector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from adaptive.policies._base import (
 Mode = Literal["exact", "propagate", "verify"]
 _FILE = "policy.json"
 _SCHEMA = 1
+_SLACK = 1e-3  # a cosine rounds to a little above 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Policy:
     Raises
     ------
     InvalidArgumentError
-        If ``stages`` is empty or not ascending, or ``mode`` is unknown.
+        If ``stages`` is empty or not ascending, ``mode`` is unknown, or a finite threshold lies
+        above every value of the score.
     """
 
     score: AbstractScore
@@ -62,6 +65,11 @@ class Policy:
         check_stage(self.stages)
         if self.mode not in get_args(Mode):
             raise InvalidArgumentError("mode", self.mode, f"one of {', '.join(get_args(Mode))}")
+        threshold = getattr(self.rule, "threshold", None) if self.rule.on_score else None
+        if threshold is not None and self.score.upper + _SLACK < threshold < math.inf:
+            name = type(self.score).__name__
+            expected = f"at most {self.score.upper:g}, the largest {name}, or inf to never stop"
+            raise InvalidArgumentError("threshold", threshold, expected)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -29,6 +29,7 @@ class NegativeEntropy(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    upper: ClassVar[float] = 0.0
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """No memory."""
@@ -48,6 +49,7 @@ class Concentration(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    upper: ClassVar[float] = 1.0
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """No memory."""
@@ -139,6 +141,7 @@ class DynamicVocabulary(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    upper: ClassVar[float] = 1.0
 
     kept: tuple[int, ...]
 

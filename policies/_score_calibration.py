@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Calibrated(AbstractScore):
     tables : tuple of tables
         One per exit: ``(inputs, outputs)``, inputs strictly ascending, outputs non-decreasing.
     """
+
+    upper: ClassVar[float] = 1.0
 
     base: AbstractScore
     tables: tuple[Table, ...]
@@ -153,6 +155,11 @@ class Tempered(AbstractScore):
     def across_tokens(self) -> bool:  # type: ignore[override]
         """As the base."""
         return self.base.across_tokens
+
+    @property
+    def upper(self) -> float:  # type: ignore[override]
+        """As the base."""
+        return self.base.upper
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Temperatures, on the device, beside the base's memory."""

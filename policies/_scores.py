@@ -20,6 +20,7 @@ class ProbeScore(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    upper: ClassVar[float] = 1.0
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """No memory."""
@@ -59,6 +60,8 @@ class MaxProbability(AbstractScore):
         Read the exit's pruned vocabulary; the probability is then renormalised over it.
     """
 
+    upper: ClassVar[float] = 1.0
+
     pruned: bool = False
 
     @property
@@ -89,6 +92,8 @@ class Margin(AbstractScore):
     ----------
     .. [1] Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022, section 3.5.
     """
+
+    upper: ClassVar[float] = 1.0
 
     pruned: bool = False
 
@@ -121,6 +126,7 @@ class Saturation(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "previous"})
+    upper: ClassVar[float] = 1.0
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """No memory: the loop keeps the state of the exit before."""

@@ -45,6 +45,7 @@ class Threshold(AbstractStatisticRule):
     """
 
     knob_name: ClassVar[str] = "threshold"
+    on_score: ClassVar[bool] = True
 
     threshold: float = math.inf
     warmup: int = 0

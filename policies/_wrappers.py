@@ -33,12 +33,18 @@ class MovingMean(AbstractScore):
     weight: float
 
     def __post_init__(self) -> None:
+        _check_base(self.base)
         _check_weight(self.weight)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What the base reads."""
         return self.base.needs
+
+    @property
+    def upper(self) -> float:  # type: ignore[override]
+        """As the base."""
+        return self.base.upper
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Mean so far, NaN before the first stage, beside the base's memory."""
@@ -80,11 +86,14 @@ class Steadiness(AbstractScore):
         Number of stages seen before the score counts, at least 1; EAT uses ``4 / a``.
     """
 
+    upper: ClassVar[float] = 0.0
+
     base: AbstractScore
     weight: float
     warmup: int
 
     def __post_init__(self) -> None:
+        _check_base(self.base)
         _check_weight(self.weight)
         if self.warmup < 1:
             raise InvalidArgumentError("warmup", self.warmup, "an integer >= 1")
@@ -135,6 +144,7 @@ class VoteShare(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"answer"})
+    upper: ClassVar[float] = 1.0
 
     n_stages: int
 
@@ -175,6 +185,7 @@ class BetaMajority(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"answer"})
+    upper: ClassVar[float] = 1.0
 
     n_stages: int
 
@@ -239,6 +250,11 @@ def _new_ballot(state: State) -> State:
 def _check_votes(n_stages: int) -> None:
     if n_stages < 1:
         raise InvalidArgumentError("n_stages", n_stages, "an integer >= 1")
+
+
+def _check_base(base: AbstractScore) -> None:
+    if base.across_tokens:
+        raise InvalidArgumentError("base", base, "a score without memory across tokens")
 
 
 def _check_weight(weight: float) -> None:

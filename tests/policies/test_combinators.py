@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.calibration import InvalidArgumentError, Trace, control_risk
 from adaptive.policies import (
     AbstractRule,
     AllOf,
@@ -94,6 +94,31 @@ def test_two_sided_says_which_side() -> None:
     assert stop.tolist() == [True, False, True, False]
     assert state["verdict"].tolist() == [1, 0, -1, 0]
     assert rule.advance(state)["verdict"].tolist() == [0, 0, 0, 0]
+
+
+def test_two_risks_of_two_sides_are_certified_apart() -> None:
+    """Conformal Thinking: wrong answers that were accepted, right ones that were given up."""
+    rng = np.random.default_rng(0)
+    n = 1500
+    right = rng.uniform(size=n) < 0.7
+    scores = np.where(right, rng.beta(6, 2, n), rng.beta(2, 6, n))[:, None]
+    trace = Trace(
+        scores=scores,
+        losses={"disagreement": ~right[:, None]},
+        costs=[1.0, 4.0],
+        cost_quantity="layers",
+    )
+    rule = TwoSided(hopeless=0.15)
+    accepted, given_up = [], []
+    for knob in (math.inf, 0.9, 0.7, 0.5, 0.3):
+        stopped = exit_stages(rule.with_knob(knob), trace) == 0
+        hopeless = stopped & (scores[:, 0] <= rule.hopeless)
+        accepted.append((stopped & ~hopeless & ~right).astype(float))
+        given_up.append((hopeless & right).astype(float))
+    losses = {"accepted": np.stack(accepted, axis=1), "given up": np.stack(given_up, axis=1)}
+    result = control_risk(losses, risk={"accepted": 0.05, "given up": 0.02}, delta=0.1)
+    assert result.index is not None
+    assert all(loss[:, result.index].mean() <= 0.05 for loss in losses.values())
 
 
 def update(rule: AbstractRule, scores: list[float], running: list[bool] | None) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from adaptive.policies import (
     Patience,
     Threshold,
     ValuePatience,
+    Veto,
     WindowedPatience,
     exit_stages,
 )
@@ -115,6 +117,22 @@ def test_patient_and_confident() -> None:
     rule = AllOf((Threshold(0.5), Patience(1)))
     answers = np.array([[1, 1, 2, 2]])
     assert stages(rule, answers, np.array([[0.9, 0.4, 0.9, 0.6]])) == [3]
+
+
+def test_equal_answers_and_no_hesitation() -> None:
+    """Dynasor's server helper returns true at its end whether or not the answers agree."""
+
+    def released(answers: list[int]) -> bool:
+        for before, after in pairwise(answers):
+            if before != after:
+                break
+        return True
+
+    rule = Veto((Patience(2), Threshold(0.5)))  # the score is high where the text hesitates
+    answers = np.array([[1, 1, 1], [1, 2, 1], [1, 1, 1]])
+    hesitation = np.array([[0.1, 0.1, 0.1], [0.1, 0.1, 0.1], [0.1, 0.1, 0.9]])
+    assert stages(rule, answers, hesitation) == [2, 3, 3]
+    assert all(released(row) for row in answers.tolist())
 
 
 def test_tokens_do_not_lend_each_other_patience() -> None:

@@ -15,7 +15,9 @@ from adaptive.policies import (
     FEATURES,
     AllOf,
     Features,
+    LogitMargin,
     Margin,
+    MaxProbability,
     MovingMean,
     Patience,
     Policy,
@@ -59,6 +61,15 @@ def test_state_of_score_and_rule_stay_apart() -> None:
 def test_stages_are_checked(stages: tuple[int, ...]) -> None:
     with pytest.raises(InvalidArgumentError, match="`stages`"):
         Policy(ProbeScore(), Threshold(), stages=stages)
+
+
+def test_a_threshold_above_every_score_is_refused() -> None:
+    """EE-LLM's server fills in 40 for a probability and then never exits, without a word."""
+    with pytest.raises(InvalidArgumentError, match="at most 1, the largest MaxProbability, or inf"):
+        Policy(MaxProbability(), Threshold(40.0), stages=(0,))
+    Policy(LogitMargin(), Threshold(40.0), stages=(0,))
+    for threshold in (-1.0, 1.0, math.inf):
+        Policy(MovingMean(MaxProbability(), 0.5), Threshold(threshold), stages=(0,))
 
 
 def test_mode_is_checked() -> None:

@@ -41,6 +41,7 @@ from adaptive.policies import (
 )
 
 CPU = torch.device("cpu")
+RECURRENT = RecurrentGate(ProbeScore(), (0.5,), ((1.0, 1.0),), (0.0,))
 
 
 def at(stage: int = 0, *, position: int = 0, **given: Tensor | None) -> Features:
@@ -353,6 +354,8 @@ def test_probe_and_none() -> None:
         (lambda: HaltingGate((), (), ()), "layers"),
         (lambda: RecurrentGate(ProbeScore(), (1.0,), ((1.0, 1.0),), (0.0,)), "decays"),
         (lambda: MovingMean(ProbeScore(), 0.0), "weight"),
+        (lambda: MovingMean(RECURRENT, 0.5), "base"),
+        (lambda: Steadiness(RECURRENT, 0.5, warmup=1), "base"),
         (lambda: Steadiness(ProbeScore(), 0.5, warmup=0), "warmup"),
         (lambda: VoteShare(0), "n_stages"),
         (lambda: Tempered(ProbeScore(), (0.0,)), "temperatures"),

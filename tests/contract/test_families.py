@@ -1,4 +1,4 @@
-"""One table: every supported family, on every tier it has, in every mode, against the model itself."""
+"""One table: every family, on every tier it has, in every mode, against the model itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from adaptive.policies import Mode
 def _load(name: str) -> ModuleType:
     path = Path(__file__).resolve().parents[1] / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
     if not hasattr(module, "__loaded__"):
         spec.loader.exec_module(module)
@@ -105,7 +106,8 @@ def test_never_stopping_is_plain_generate(name: str, tier: Any, mode: Mode) -> N
     flips = helpers.near_ties(ours.sequences, plain.sequences, plain.scores, ids.shape[1])
     assert flips == 0  # float32 and these seeds: none is expected, all would be near-ties
     ended = ours.exit_stages < 0
-    assert bool(ended.any()) and not bool(ended.all(dim=1).any())
+    assert bool(ended.any())
+    assert not bool(ended.all(dim=1).any())
     assert bool((ours.sequences[:, ids.shape[1] :][ended] == 0).all())
     assert ours.mean_depth == helpers.LAYERS
     if mode != "propagate":  # where nothing is compared, nothing is known
@@ -480,7 +482,7 @@ def test_encoder_decoder_is_named() -> None:
 
 def test_wrapped_or_headless_models_are_named() -> None:
     model = helpers.tiny("llama", exits=False)
-    with pytest.raises(UnsupportedError, match="has no `model.layers`"):
+    with pytest.raises(UnsupportedError, match=r"has no `model\.layers`"):
         attach_exits(model.model, (1,))
     config = BertConfig(
         vocab_size=11,

@@ -1,0 +1,745 @@
+"""`generate`: every setting means what it means in transformers, or is refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from adaptive import (
+    CertificateMismatchError,
+    InvalidArgumentError,
+    NoExitsError,
+    Policy,
+    UnsupportedError,
+    attach_exits,
+    generate,
+)
+from adaptive._deployment import Deployment
+from adaptive._exits import require_exits
+from adaptive._output import AdaptiveOutput
+from adaptive._settings import fingerprints
+from adaptive.calibration import Certificate, InvalidTypeError
+from adaptive.policies import Mode, NoScore, Patience, ProbeScore, RandomStage, Threshold
+
+
+def _load(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "__loaded__"):
+        spec.loader.exec_module(module)
+        module.__loaded__ = True
+    return module
+
+
+helpers = _load("helpers")
+
+NEW = 12
+MODES: tuple[Mode, ...] = ("exact", "propagate", "verify")
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+def _inputs() -> dict[str, Tensor]:
+    ids, mask = helpers.prompts()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _both(policy: Policy, seed: int = 11, **settings: Any) -> tuple[Any, Any]:
+    """The same call with and without a policy, and whether the generator ends where it should."""
+    model = helpers.shared("llama")
+    settings = {"max_new_tokens": NEW, "do_sample": False} | _inputs() | settings
+    torch.manual_seed(seed)
+    plain = model.generate(**settings)
+    after = torch.rand(1)
+    torch.manual_seed(seed)
+    ours = generate(model, **settings, policy=policy)
+    assert torch.equal(torch.rand(1), after)
+    return ours, plain
+
+
+@cache
+def _text() -> Tensor:
+    """Plain greedy continuation of the standard prompts, int64 [3, NEW]."""
+    model = helpers.shared("llama")
+    found: Tensor = model.generate(**_inputs(), max_new_tokens=NEW, do_sample=False)
+    return found[:, -NEW:]
+
+
+def _equal_to_plain(mode: Mode, **settings: Any) -> None:
+    """Never stopping in any mode, and verified early stopping, give plain text."""
+    ours, plain = _both(helpers.never(mode), **settings)
+    assert torch.equal(ours, plain)
+    if mode == "verify":
+        ours, plain = _both(helpers.mixed(helpers.shared("llama"), mode), **settings)
+        assert torch.equal(ours, plain)
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "max_new_tokens": {"max_new_tokens": 5},
+    "one token": {"max_new_tokens": 1},
+    "max_length": {"max_new_tokens": None, "max_length": 17},
+    "generation config": {"generation_config": GenerationConfig(max_new_tokens=6, pad_token_id=3)},
+    "several ends": {"eos_token_id": [int(_text()[0, 3]), int(_text()[1, 5])]},
+    "repetition penalty": {"repetition_penalty": 1.8},
+    "no repeated bigrams": {"no_repeat_ngram_size": 2},
+    "least length": {"min_new_tokens": 8, "eos_token_id": int(_text()[0, 3])},
+    "forced end": {"forced_eos_token_id": 9, "eos_token_id": 9},
+    "bad words": {"bad_words_ids": [[int(_text()[0, 2])]]},
+    "suppressed": {"suppress_tokens": _text()[0, :3].tolist()},
+    "length penalty": {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 9},
+    "sampling": {"do_sample": True},
+    "temperature": {"do_sample": True, "temperature": 0.4, "top_k": 7},
+    "nucleus": {"do_sample": True, "top_p": 0.7, "min_p": 0.01},
+    "typical": {"do_sample": True, "typical_p": 0.6, "epsilon_cutoff": 0.01},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "sampling to the end": {"do_sample": True, "eos_token_id": [4, 5, 6, 7, 8, 9, 10, 11, 12]},
+    "static cache": {"cache_implementation": "static"},
+    "no time": {"max_time": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@modes
+def test_settings_mean_what_they_mean(name: str, mode: Mode) -> None:
+    settings = dict(SETTINGS[name])
+    if "generation_config" in settings or settings.get("max_new_tokens", 0) is None:
+        model = helpers.shared("llama")
+        settings = {key: value for key, value in settings.items() if value is not None}
+        plain = model.generate(**_inputs(), do_sample=False, **settings)
+        ours = generate(model, **_inputs(), do_sample=False, **settings, policy=helpers.never(mode))
+        assert torch.equal(ours, plain)
+    else:
+        _equal_to_plain(mode, **settings)
+
+
+@modes
+def test_prompt_of_one_token(mode: Mode) -> None:
+    one = torch.tensor([[5]])
+    _equal_to_plain(mode, input_ids=one, attention_mask=torch.ones_like(one))
+
+
+@modes
+def test_no_attention_mask(mode: Mode) -> None:
+    model = helpers.shared("llama")
+    ids = _inputs()["input_ids"][:1]
+    plain = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    policy = helpers.never(mode)
+    ours = generate(model, ids, max_new_tokens=NEW, do_sample=False, policy=policy)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"),
+    [("llama", "native"), ("mistral-window", "native"), ("gpt2", "generic"), ("gemma3", "generic")],
+)
+def test_long_prompts_go_in_pieces(name: str, tier: Any) -> None:
+    model = helpers.shared(name)
+    ids, mask = helpers.prompts((1100, 1030))
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    ours = generate(
+        model,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=4,
+        do_sample=False,
+        policy=helpers.never("exact"),
+        tier=tier,
+    )
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+@modes
+def test_bfloat16(name: str, mode: Mode) -> None:
+    model = helpers.tiny(name, exits=False).to(torch.bfloat16)
+    attach_exits(model, helpers.EXITS)
+    ids, mask = helpers.prompts((9, 4, 7, 8, 6, 5))
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(ids, attention_mask=mask, output_scores=True, **settings)
+    ours = generate(model, ids, attention_mask=mask, policy=helpers.never(mode), **settings)
+    # 8 bits of mantissa: logits around 4 are multiples of 1/64
+    flips = helpers.near_ties(
+        ours.sequences, plain.sequences, plain.scores, ids.shape[1], tolerance=0.1
+    )
+    assert flips <= 3
+    assert ours.past_key_values.layers[0].keys.dtype == torch.bfloat16
+
+
+# -- processors, criteria, streamers --------------------------------------------------------------
+
+
+class _Favour:
+    """Adds to one token's logit: a function of its arguments, and says so."""
+
+    is_pure = True
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.token] += 0.05 * input_ids.shape[1]
+        return scores
+
+
+class _Counting:
+    """Keeps a count: what it does depends on how often it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.count += 1
+        return scores + self.count
+
+
+@modes
+def test_pure_processors_of_the_user(mode: Mode) -> None:
+    _equal_to_plain(mode, logits_processor=LogitsProcessorList([_Favour(13)]))
+
+
+def test_processors_with_memory_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"_Counting may keep state.*`is_pure = True`"):
+        _both(helpers.never("exact"), logits_processor=LogitsProcessorList([_Counting()]))
+
+
+def test_labels_are_choices_after_the_processors() -> None:
+    model = helpers.shared("llama")
+    inputs = _inputs()
+    ours = generate(
+        model,
+        **inputs,
+        max_new_tokens=NEW,
+        do_sample=False,
+        repetition_penalty=1.8,
+        policy=helpers.mixed(model, "exact", quantile=0.3),
+        return_dict_in_generate=True,
+    )
+    _, logits = helpers.own_cache(model, ours.sequences[:, :-1], inputs["attention_mask"])
+    start = inputs["input_ids"].shape[1]
+    penalty = RepetitionPenaltyLogitsProcessor(1.8)
+    for at in range(NEW):
+        prefix = ours.sequences[:, : start + at]
+        chosen = penalty(prefix, logits[:, start + at - 1].clone()).argmax(dim=-1)
+        agree = (chosen == ours.sequences[:, start + at]).to(torch.int8)
+        assert torch.equal(ours.agreement[:, at], agree)
+    assert bool((ours.agreement == 0).any())
+
+
+class _After(StoppingCriteria):
+    """Ends row ``r`` once it has ``lengths[r]`` tokens."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+@modes
+@pytest.mark.parametrize("eos", [None, 9], ids=["no end token", "end token"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_criteria_of_the_user(mode: Mode, eos: int | None, sampled: bool) -> None:
+    criteria = StoppingCriteriaList([_After((14, 17, 13))])
+    settings: dict[str, Any] = {"stopping_criteria": criteria, "do_sample": sampled}
+    _equal_to_plain(mode, eos_token_id=eos, **settings)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character."""
+    characters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ", "ĉ"]
+    vocabulary = {character: index for index, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@modes
+def test_stop_strings(mode: Mode) -> None:
+    tokenizer = _tokenizer()
+    stop = tokenizer.decode(_text()[0, 3:5])
+    model = helpers.shared("llama")
+    ids = _inputs()["input_ids"][:1]
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+    strings = {"stop_strings": [stop], "tokenizer": tokenizer}
+    plain = model.generate(ids, **settings, **strings)
+    assert plain.shape[1] < ids.shape[1] + NEW
+    for policy in (helpers.never(mode), helpers.mixed(model, "verify")):
+        assert torch.equal(generate(model, ids, **settings, **strings, policy=policy), plain)
+        criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+        settings |= {"stopping_criteria": criteria}
+        again = model.generate(ids, **settings, custom_generate=generate, policy=policy)
+        assert torch.equal(again, plain)
+
+
+class _Collector(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.parts.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@modes
+@pytest.mark.parametrize("door", ["verb", "transformers"])
+def test_streamers_see_final_tokens_through_both_doors(mode: Mode, door: str) -> None:
+    model = helpers.shared("llama")
+    policy = helpers.mixed(model, mode, quantile=0.3)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": int(_text()[0, 6])}
+    streamer = _Collector()
+    extra: dict[str, Any] = {"policy": policy, "streamer": streamer, "max_pending": 5}
+    if door == "verb":
+        sequences = generate(model, **_inputs(), **settings, **extra)
+    else:
+        sequences = model.generate(**_inputs(), **settings, **extra, custom_generate=generate)
+    assert streamer.ended == 1
+    prompt, *tokens = streamer.parts
+    assert torch.equal(prompt, _inputs()["input_ids"])
+    assert torch.equal(torch.stack(tokens, dim=1), sequences[:, prompt.shape[1] :])
+
+
+def test_both_doors_give_the_same(tmp_path: Path) -> None:
+    model = helpers.shared("llama")
+    policy = helpers.mixed(model, "exact")
+    settings = _inputs() | {"max_new_tokens": NEW, "do_sample": True, "top_k": 9}
+    settings |= {"return_dict_in_generate": True}
+    for extra in ({"random": "keyed", "seed": 4}, {"units": torch.tensor([4, 9, 1])}):
+        torch.manual_seed(1)
+        one = generate(model, **settings, policy=policy, **extra)
+        torch.manual_seed(1)
+        two = model.generate(**settings, policy=policy, **extra, custom_generate=generate)
+        assert isinstance(two, AdaptiveOutput)
+        assert torch.equal(one.sequences, two.sequences)
+        assert torch.equal(one.exit_stages, two.exit_stages)
+
+
+# -- what comes back ------------------------------------------------------------------------------
+
+
+@modes
+def test_output_reports_what_was_decided(mode: Mode) -> None:
+    model = helpers.shared("llama")
+    policy = helpers.mixed(model, mode)
+    inputs = _inputs()
+    eos = int(_text()[0, 6])
+    ours = generate(
+        model,
+        **inputs,
+        max_new_tokens=NEW,
+        do_sample=False,
+        policy=policy,
+        eos_token_id=eos,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    start = inputs["input_ids"].shape[1]
+    count = ours.sequences.shape[1] - start
+    rows = inputs["input_ids"].shape[0]
+    assert ours.exit_stages.shape == ours.exit_scores.shape == ours.agreement.shape == (rows, count)
+    assert len(ours.scores) == len(ours.logits) == count
+    assert bool((ours.exit_stages[:, 0] == len(helpers.EXITS)).all())
+    assert bool(ours.exit_scores[:, 0].isnan().all())
+    depth = torch.tensor([*helpers.EXITS, helpers.LAYERS], dtype=torch.float64)
+    later = ours.exit_stages[:, 1:]
+    assert ours.mean_depth == pytest.approx(float(depth[later[later >= 0]].mean()))
+    threshold = policy.rule.threshold
+    early = (later >= 0) & (later < len(helpers.EXITS))
+    full = later == len(helpers.EXITS)
+    assert bool((ours.exit_scores[:, 1:][early] >= threshold).all())
+    assert mode == "verify" or bool((ours.exit_scores[:, 1:][full] < threshold).all())
+    for at, (scores, logits) in enumerate(zip(ours.scores, ours.logits, strict=True)):
+        counted = ours.exit_stages[:, at] >= 0
+        emitted = ours.sequences[:, start + at]
+        assert torch.equal(scores.argmax(dim=-1)[counted], emitted[counted])
+        assert torch.equal(scores, logits)  # no processors here
+    assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
+    assert ours.certified is False
+    assert ours.mismatches == ()
+
+
+def test_raw_logits_stay_raw() -> None:
+    model = helpers.shared("llama")
+    ours, plain = (
+        model.generate(
+            **_inputs(),
+            max_new_tokens=NEW,
+            do_sample=True,
+            top_k=5,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+            **extra,
+        )
+        for extra in (
+            {"custom_generate": generate, "policy": helpers.never("exact")},
+            {},
+        )
+        if torch.manual_seed(3)
+    )
+    for name in ("scores", "logits"):
+        for one, other in zip(getattr(ours, name), getattr(plain, name), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tier", ["native", "generic"])
+def test_returned_cache_can_be_gone_on_with(tier: Any) -> None:
+    model = helpers.shared("llama")
+    inputs = _inputs()
+    ours = generate(
+        model,
+        **inputs,
+        max_new_tokens=NEW,
+        do_sample=False,
+        policy=helpers.mixed(model, "exact", quantile=0.2),
+        tier=tier,
+        return_dict_in_generate=True,
+    )
+    _, logits = helpers.own_cache(model, ours.sequences, inputs["attention_mask"])
+    mask = torch.ones_like(ours.sequences)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    with torch.no_grad():
+        last = model(
+            input_ids=ours.sequences[:, -1:],
+            attention_mask=mask,
+            position_ids=mask.sum(dim=-1, keepdim=True) - 1,
+            past_key_values=ours.past_key_values,
+        ).logits
+    torch.testing.assert_close(last[:, -1], logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+# -- rules with memory, rules with noise ----------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize(
+    "rule", [Patience(patience=1.0), RandomStage(going_on=0.5)], ids=["patience", "random"]
+)
+def test_rules_with_memory_or_noise_do_not_mix_rows(mode: Mode, rule: Any) -> None:
+    model = helpers.shared("llama")
+    policy = Policy(NoScore(), rule, stages=(0, 1, 2), mode=mode)
+    ids, mask = helpers.prompts((11, 3, 7, 1))
+    settings = {"max_new_tokens": NEW, "do_sample": False, "policy": policy, "seed": 2}
+    settings |= {"return_dict_in_generate": True}
+    units = torch.tensor([5, 2, 9, 4])
+    batch = generate(model, ids, attention_mask=mask, units=units, **settings)
+    assert len(batch.exit_stages[:, 1:].unique()) >= 3
+    for row in range(4):
+        prompt = ids[row : row + 1, mask[row].bool()]
+        alone = generate(model, prompt, units=units[row : row + 1], **settings)
+        assert batch.sequences[row, 11:].tolist() == alone.sequences[0, -NEW:].tolist()
+        assert batch.exit_stages[row].tolist() == alone.exit_stages[0].tolist()
+
+
+# -- refused by name ------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 2}, "beam search is not supported"),
+    "sampled beams": ({"num_beams": 2, "do_sample": True}, "beam sample is not supported"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted generation is not supported"),
+    "no cache": ({"use_cache": False}, "`use_cache=False` is not supported"),
+    "attentions": (
+        {"output_attentions": True, "return_dict_in_generate": True},
+        "`output_attentions=True` is not supported",
+    ),
+    "hidden states": (
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        "`output_hidden_states=True` is not supported",
+    ),
+    "guidance": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+}
+
+
+def _through(door: str, model: Any, **settings: Any) -> Any:
+    if door == "verb":
+        return generate(model, **settings)
+    return model.generate(**settings, custom_generate=generate)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("door", ["verb", "transformers"])
+def test_unsupported_settings_are_named(name: str, door: str) -> None:
+    settings, message = REFUSED[name]
+    model = helpers.shared("llama")
+    settings = {"max_new_tokens": NEW, "do_sample": False} | settings
+    settings |= {"policy": helpers.never("exact")}
+    with pytest.raises(UnsupportedError, match=message):
+        _through(door, model, **_inputs(), **settings)
+
+
+@pytest.mark.parametrize("door", ["verb", "transformers"])
+def test_assistants_are_refused(door: str) -> None:
+    model, assistant = helpers.shared("llama"), helpers.shared("qwen2")
+    settings = {"max_new_tokens": 4, "policy": helpers.never("exact"), "assistant_model": assistant}
+    ids = _inputs()["input_ids"][:1]
+    with pytest.raises(UnsupportedError, match=r"`assistant_model` is not supported.*'verify'"):
+        _through(door, model, input_ids=ids, **settings)
+
+
+def test_contrastive_search_is_refused() -> None:
+    config = GenerationConfig(penalty_alpha=0.6, top_k=4, max_new_tokens=4, pad_token_id=0)
+    with pytest.raises(UnsupportedError, match="contrastive search is not supported"):
+        generate(
+            helpers.shared("llama"),
+            **_inputs(),
+            generation_config=config,
+            policy=helpers.never("exact"),
+        )
+
+
+def test_embeddings_without_tokens_are_refused() -> None:
+    model = helpers.shared("llama")
+    embeds = model.get_input_embeddings()(_inputs()["input_ids"])
+    with pytest.raises(UnsupportedError, match="`inputs_embeds` without `input_ids`"):
+        generate(model, inputs_embeds=embeds, max_new_tokens=4, policy=helpers.never("exact"))
+
+
+def test_filled_caches_are_refused() -> None:
+    model = helpers.shared("llama")
+    ids = _inputs()["input_ids"][:1]
+    filled = DynamicCache()
+    model(ids[:, :-1], past_key_values=filled)
+    with pytest.raises(UnsupportedError, match="a filled `past_key_values`"):
+        generate(
+            model, ids, past_key_values=filled, max_new_tokens=4, policy=helpers.never("exact")
+        )
+
+
+def test_padding_on_the_right_is_refused() -> None:
+    inputs = {key: value.flip(-1) for key, value in _inputs().items()}
+    with pytest.raises(InvalidArgumentError, match=r"padding on the left \(`padding_side="):
+        generate(helpers.shared("llama"), **inputs, max_new_tokens=4, policy=helpers.never("exact"))
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "policy": ({"policy": 0.9}, InvalidTypeError, "`policy` must be a Policy"),
+    "random": ({"random": "device"}, InvalidArgumentError, "`random` must be 'generate' or"),
+    "max_pending": ({"max_pending": 0}, InvalidArgumentError, "`max_pending` must be"),
+    "tier": ({"tier": "fast"}, InvalidArgumentError, "`tier` must be 'native', 'generic'"),
+    "units": ({"units": torch.arange(2)}, InvalidArgumentError, "`units` must be one number per"),
+    "stages": (
+        {"policy": Policy(NoScore(), Threshold(), stages=(0, 3))},
+        InvalidArgumentError,
+        r"stages among this model's exits 0\.\.2",
+    ),
+    "probe": (
+        {"policy": Policy(ProbeScore(), Threshold(), stages=(0,))},
+        InvalidArgumentError,
+        "trained exits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_bad_arguments_are_named(name: str) -> None:
+    settings, kind, message = ARGUMENTS[name]
+    settings = {"policy": helpers.never("exact"), "random": "keyed"} | settings
+    with pytest.raises(kind, match=message):
+        generate(helpers.shared("llama"), **_inputs(), max_new_tokens=4, **settings)
+
+
+def test_models_without_exits_are_refused() -> None:
+    model = helpers.tiny("llama", exits=False)
+    with pytest.raises(NoExitsError, match="`attach_exits"):
+        generate(model, **_inputs(), max_new_tokens=4, policy=helpers.never("exact"))
+
+
+# -- certificates ---------------------------------------------------------------------------------
+
+SAMPLING = {"do_sample": True, "temperature": 0.7}
+
+
+def _certified(model: Any, mode: Mode = "exact", **generation: Any) -> Policy:
+    """A policy with a certificate as calibration writes it, for at most NEW greedy tokens."""
+    exits = require_exits(model)
+    deployment = Deployment(NEW, generation={"do_sample": False} | generation)
+    certificate = Certificate(
+        holds=True,
+        risk=0.1,
+        delta=0.05,
+        loss="disagreement",
+        unit="prompt",
+        method="binomial",
+        procedure="fixed-sequence",
+        n=100,
+        index=3,
+        evidence={},
+        bound=1.0,
+        assumptions=("independent units",),
+        split={},
+        fingerprints=fingerprints(model, exits),
+        decoding=deployment.settings(model) | {"mode": mode},
+    )
+    policy = replace(helpers.mixed(model, mode), certificate=certificate)
+    # what was earned must survive storage
+    return Policy.from_dict(json.loads(json.dumps(policy.to_dict())))
+
+
+def _run(model: Any, policy: Policy, **settings: Any) -> AdaptiveOutput:
+    defaults = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    output = generate(model, **_inputs(), policy=policy, **defaults | settings)
+    assert isinstance(output, AdaptiveOutput)
+    return output
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_new_tokens": NEW - 3},
+        {"tier": "generic"},
+        {"random": "keyed", "seed": 9},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=["same", "shorter", "other tier", "other noise", "more output"],
+)
+def test_certificates_apply_where_they_were_earned(settings: dict[str, Any]) -> None:
+    model = helpers.shared("llama")
+    output = _run(model, _certified(model), **settings)
+    assert output.certified is True
+    assert output.mismatches == ()
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"repetition_penalty": 1.2, "top_k": 5} | SAMPLING,
+        {"min_new_tokens": 4, "eos_token_id": 9},
+        {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 9},
+        {"begin_suppress_tokens": [4, 5], "suppress_tokens": [6]},
+        {"sequence_bias": [[[4], 2.0], [[5, 6], -1.0]], "forced_eos_token_id": 9},
+        {"no_repeat_ngram_size": 2, "typical_p": 0.5, "eta_cutoff": 0.1} | SAMPLING,
+    ],
+    ids=["penalty", "least length", "decay", "suppressed", "bias", "warpers"],
+)
+def test_certificates_know_processors_and_sampling(generation: dict[str, Any]) -> None:
+    model = helpers.shared("llama")
+    generation = {"do_sample": False} | generation
+    policy = _certified(model, **generation)
+    assert _run(model, policy, **generation).certified is True
+    # the prompt's length is no setting
+    ids, mask = helpers.prompts((21, 13))
+    longer = generate(
+        model,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        policy=policy,
+        return_dict_in_generate=True,
+        **generation,
+    )
+    assert longer.certified is True
+
+
+OUTSIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "longer text": ({"max_new_tokens": NEW + 1}, "longer text: certified for at most 12"),
+    "sampling": ({"do_sample": True}, "another sampling: certified with False"),
+    "processor": ({"repetition_penalty": 1.3}, "another processors"),
+    "bias": ({"sequence_bias": [[[4], 2.0]]}, "another processors"),
+    "own processor": ({"logits_processor": LogitsProcessorList([_Favour(3)])}, "processors"),
+    "end token": ({"eos_token_id": 9}, "another eos_token_id"),
+}
+
+
+def test_the_very_numbers_of_a_processor_count() -> None:
+    model = helpers.shared("llama")
+    for name, one, other in (
+        ("sequence_bias", [[[4], 2.0]], [[[4], 2.5]]),
+        ("exponential_decay_length_penalty", (2, 1.5), (3, 1.5)),
+        ("min_new_tokens", 3, 4),
+        ("bad_words_ids", [[3]], [[4]]),
+    ):
+        policy = _certified(model, eos_token_id=9, **{name: one})
+        assert _run(model, policy, eos_token_id=9, **{name: one}).certified is True
+        with pytest.raises(CertificateMismatchError, match="another processors"):
+            _run(model, policy, eos_token_id=9, **{name: other})
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_other_settings_are_outside(name: str) -> None:
+    settings, message = OUTSIDE[name]
+    model = helpers.shared("llama")
+    policy = _certified(model)
+    with pytest.raises(CertificateMismatchError, match=message):
+        _run(model, policy, **settings)
+    output = _run(model, policy, certified=False, **settings)
+    assert output.certified is False
+    assert any(message.split(":")[0] in mismatch for mismatch in output.mismatches)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model", "another model: certified on"),
+        ("weights", "another model: certified on"),
+        ("exits", "another exits: certified on"),
+        ("exit weights", "another exits: certified on"),
+        ("mode", "another mode: certified in 'exact', running in 'propagate'"),
+        ("dtype", "another dtype: certified with 'float32', running with 'bfloat16'"),
+    ],
+)
+@torch.no_grad()
+def test_other_models_are_outside(change: str, message: str) -> None:
+    model = helpers.tiny("llama")
+    policy = _certified(model)
+    assert _run(model, policy).certified is True
+    if change == "model":
+        model = helpers.tiny("qwen2")
+    elif change == "weights":
+        model.model.layers[3].mlp.up_proj.weight.mul_(1.01)
+    elif change == "exits":
+        attach_exits(model, (1, 2, 5))
+    elif change == "exit weights":
+        require_exits(model).probe_bias.add_(0.5)
+    elif change == "mode":
+        policy = replace(policy, mode="propagate")
+    else:
+        model = model.to(torch.bfloat16)
+    with pytest.raises(CertificateMismatchError, match=message):
+        _run(model, policy)
+    output = _run(model, policy, certified=False)
+    assert output.certified is False
+    assert any(message in mismatch for mismatch in output.mismatches)
+
+
+def test_a_certificate_of_full_computation_is_no_promise_of_speed() -> None:
+    model = helpers.shared("llama")
+    policy = _certified(model)
+    certificate = replace(policy.certificate, holds=False, index=None)
+    policy = replace(helpers.never("exact"), certificate=certificate)
+    output = _run(model, policy)
+    assert output.certified is False
+    assert output.mismatches == ()
+    assert output.mean_depth == helpers.LAYERS

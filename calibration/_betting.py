@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import elementwise
 
 from adaptive.calibration._validation import (
     check_positive,
@@ -35,6 +36,7 @@ from adaptive.calibration._validation import (
 Array = NDArray[np.float64]
 _AGRAPA_CAP = 0.75
 _GRID = 1000
+_LEAST = 1e-12
 
 
 def wsr_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float = 1.0) -> Array:
@@ -123,7 +125,7 @@ def star_log_p(
 def wsr_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
     r"""Upper confidence bound on E L by the WSR bets: inf{m : max_t K_t(m) >= 1/delta}.
 
-    The bets do not depend on m and the wealth grows with m, so bisection finds the bound.
+    The bets do not depend on m and the wealth grows with m, so a root search finds the bound.
     P(E L > U) <= delta for independent losses of at most `bound` (down to zero from below: the
     bound is searched in [0, bound]); parameters and result as `wsr_log_p`.
 
@@ -136,14 +138,20 @@ def wsr_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> A
     scaled, upper = scale_losses(losses, bound)
     bets = _wsr_bets(scaled, delta)
     target = -math.log(delta)
-    low, high = np.zeros(scaled.shape[1]), np.ones(scaled.shape[1])
-    undecided = _wsr_peak(scaled, bets, 1.0) >= target
-    while undecided.any() and np.max((high - low)[undecided]) > 1e-13:
-        middle = 0.5 * (low + high)
-        reached = _wsr_peak(scaled, bets, middle) >= target
-        high = np.where(undecided & reached, middle, high)
-        low = np.where(undecided & ~reached, middle, low)
-    return upper * np.where(undecided, high, 1.0)
+    out = np.ones(scaled.shape[1])
+    found = np.flatnonzero(_wsr_peak(scaled, bets, 1.0) >= target)
+    found = found[_wsr_peak(scaled[:, found], bets[:, found], _LEAST) < target]
+    out[_wsr_peak(scaled, bets, _LEAST) >= target] = _LEAST
+    if found.size:
+
+        def above(levels: Array, columns: NDArray[np.intp]) -> Array:
+            return _wsr_peak(scaled[:, columns], bets[:, columns], levels) - target
+
+        root = elementwise.find_root(
+            above, (np.full(found.size, _LEAST), np.ones(found.size)), args=(found,)
+        )
+        out[found] = root.x
+    return upper * out
 
 
 def agrapa_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
@@ -175,7 +183,7 @@ def scale_losses(losses: ArrayLike, bound: float) -> tuple[Array, float]:
     matrix = float_matrix("losses", losses)
     upper = check_positive("bound", bound)
     require_at_most("losses", matrix, upper)
-    return matrix / upper, upper
+    return (matrix if upper == 1.0 else matrix / upper), upper
 
 
 def _prepare(losses: ArrayLike, risk: float, delta: float, bound: float) -> tuple[Array, float]:

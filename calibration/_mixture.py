@@ -161,10 +161,18 @@ class LossHistogram:
     def log_p_values(self, *, risk: float) -> Array:
         """Return ln p [n_columns] of H: E L > risk by the mixture of constant bets."""
         level, upper = check_risk(risk, self.bound)
-        log_e = _log_e(
-            self.grid[:, None] / upper, np.array([level / upper]), self.counts.astype(np.float64)
-        )
-        return np.asarray(-np.maximum(log_e, 0.0))
+        levels = np.full(self.counts.shape[1], level / upper)
+        return np.asarray(-np.maximum(self._log_e(levels), 0.0))
+
+    def upper_bounds(self, *, delta: float) -> Array:
+        """Return upper confidence bounds [n_columns] on E L, as `mixture_upper_bound` does."""
+        check_probability("delta", delta)
+        start = np.zeros(self.counts.shape[1])
+        return self.bound * invert_log_p(lambda levels: -self._log_e(levels), start, delta)
+
+    def _log_e(self, levels: Array) -> Array:
+        used = self.counts.any(axis=1)
+        return _log_e(self.grid[used, None] / self.bound, levels, self.counts[used])
 
 
 def beta_mixture_log_p(
@@ -229,14 +237,11 @@ def beta_mixture_log_wealth(
     return np.asarray(posterior - start - k * np.log(m) - (n - k) * np.log1p(-m))
 
 
-def _log_e(scaled: Array, levels: Array, counts: Array | None = None) -> Array:
-    """Log e-value per column of losses [n, J] at levels [J], each loss taken `counts` [n, J] times.
-
-    One loss column [n, 1] serves all columns of `counts`.
-    """
+def _log_e(scaled: Array, levels: Array, counts: NDArray[np.int64] | None = None) -> Array:
+    """Log e-value per column of losses [n, J] or [n, 1] at levels [J], taken `counts` times."""
     room = (1.0 - scaled) / (1.0 - levels)
     logs = []
     for fraction in _FRACTIONS:
         gains = np.log1p(fraction * (room - 1.0))
-        logs.append(gains.sum(axis=0) if counts is None else gains[:, 0] @ counts)
+        logs.append((gains if counts is None else gains * counts).sum(axis=0))
     return np.asarray(special.logsumexp(logs, axis=0) - math.log(len(logs)))

@@ -197,7 +197,7 @@ def calibrate(
         new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=int(rng)
     )
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
     settings = deployment.settings(model)
     split = _split(model, units, training=training, rng=int(rng), progress=progress)

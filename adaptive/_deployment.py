@@ -68,7 +68,7 @@ class Deployment:
             found.append(Prepared(generation_config, logits_processor))
             return input_ids
 
-        model.generate(  # type: ignore[operator]
+        model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=self.new_tokens,

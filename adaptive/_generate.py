@@ -159,7 +159,7 @@ def generate(
         # the verb: let transformers prepare the inputs, then come back as its decoding method
         method = functools.partial(_prepared, own=own, streamer=streamer)
         stopping_criteria = _with_stop_strings(stopping_criteria, model_kwargs)
-        prepared: AdaptiveOutput | Tensor = model.generate(  # type: ignore[operator]
+        prepared: AdaptiveOutput | Tensor = model.generate(
             input_ids,
             generation_config=generation_config,
             logits_processor=logits_processor,

@@ -248,7 +248,7 @@ def why_not_native(model: PreTrainedModel) -> str | None:
         ]
         if any(type(linear) is not nn.Linear for linear in linears):
             return f"layer {index} has projections that are quantised or wrapped"
-        if any(linear.bias is not None for linear in linears[4:]):
+        if any(getattr(linear, "bias", None) is not None for linear in linears[4:]):
             return f"layer {index} has biases in its feed-forward part"
         if _hooked(module):
             return f"layer {index} carries hooks"

@@ -1,0 +1,55 @@
+"""The runtime on CUDA: what the CPU tests prove, on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import mixed, never, prompts, tiny
+
+from adaptive import attach_exits, generate
+from adaptive._exits import require_exits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+NEW = 12
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate", "verify"])
+@pytest.mark.parametrize("tier", ["native", "generic"])
+def test_tokens_are_those_of_the_cpu_in_float32(mode: str, tier: str) -> None:
+    model = tiny("llama")
+    ids, mask = prompts()
+    policy = mixed(model, mode)
+    settings = {"policy": policy, "tier": tier, "max_new_tokens": NEW, "do_sample": False}
+    here = generate(model, ids, attention_mask=mask, **settings)
+    exits = require_exits(model)
+    model.to("cuda")
+    attach_exits(model, exits)
+    there = generate(model, ids.cuda(), attention_mask=mask.cuda(), **settings)
+    assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_never_stopping_equals_generate_in_half_precision(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(device="cuda", dtype=dtype)
+    attach_exits(model, (1, 2, 4))
+    ids, mask = (tensor.cuda() for tensor in prompts())
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    ours = generate(
+        model,
+        ids,
+        attention_mask=mask,
+        policy=never("exact"),
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    # near-ties may fall either way in half precision: most tokens, not all, must be equal
+    assert float((plain == ours).float().mean()) > 0.9
+
+
+def test_thresholds_live_on_the_device() -> None:
+    policy = mixed(tiny("llama"), "exact")
+    state = policy.init(3, device=torch.device("cuda"))
+    assert {value.device.type for value in state.values()} == {"cuda"}

@@ -122,6 +122,7 @@ from adaptive.calibration._sequential_control import (
     SequentialResult,
     Verdict,
     control_sequentially,
+    verify_sequential,
 )
 from adaptive.calibration._sprt import (
     SPRT,
@@ -310,6 +311,7 @@ __all__ = [
     "trace_to_arrow",
     "truncated_sprt",
     "tune_power",
+    "verify_sequential",
     "write_trace_parquet",
     "wsr_log_p",
     "wsr_upper_bound",

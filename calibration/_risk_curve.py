@@ -202,21 +202,21 @@ def risk_curve(
     ([0.0, 0.0, 0.5], [4.0, 1.5, 1.0])
     """
     values, ascending, order = _prepared(trace, thresholds, loss, warmup)
-    token_weight = _token_weights(trace)
+    share = _token_shares(trace)
     risk_steps = np.zeros(values.size + 1)
     cost_steps = np.zeros(values.size + 1)
     stage_saving = np.diff(trace.costs)
     table = trace.losses[loss]
-    for rows, counts in _stop_counts(trace, ascending, warmup):
+    for rows, unit, counts in _stop_counts(trace, ascending, warmup):
         steps = _loss_steps(table[rows])
-        if token_weight is not None:
-            steps *= token_weight[rows]
+        if share is not None:
+            steps *= share[unit]
         for stage in range(trace.n_exits):
             risk_steps += np.bincount(counts[stage], steps[stage], values.size + 1)
             tally = np.bincount(counts[stage], minlength=values.size + 1)
             cost_steps += stage_saving[stage] * tally
     risk = _tail_sums(risk_steps)
-    if token_weight is None:
+    if share is None:
         risk /= trace.n_units
     cost = trace.costs[-1] - _tail_sums(cost_steps) / trace.n_tokens
     return RiskCurve(
@@ -253,20 +253,17 @@ def departure_curve(
         If a threshold is NaN or the trace has no such loss.
     """
     values, ascending, order = _prepared(trace, thresholds, loss, warmup)
-    unit_of_token = trace.unit_of_token
-    early = trace.positions < warmup if warmup else None
-    table = trace.losses[loss]
+    table, offsets = trace.losses[loss], trace.offsets
     first = np.full(trace.n_units, -np.inf, dtype=np.float32)
     spans: list[NDArray[np.int64]] = []
-    for rows, counts in _stop_counts(trace, ascending, warmup):
+    for rows, unit, counts in _stop_counts(trace, ascending, warmup):
         wrong = table[rows] != 0
-        if early is not None:
-            wrong &= ~early[rows, None]
-        _raise_first(first, trace.scores[rows], wrong, unit_of_token[rows])
+        if warmup:
+            wrong &= (np.arange(rows.start, rows.stop) - offsets[unit] >= warmup)[:, None]
+        _raise_first(first, trace.scores[rows], wrong, unit)
         starts = np.concatenate([np.zeros_like(counts[:1]), counts[:-1]])
         stage, token = np.nonzero(wrong.T & (starts < counts))
-        unit = unit_of_token[rows][token]
-        spans.append(np.stack([unit, starts[stage, token], counts[stage, token]]))
+        spans.append(np.stack([unit[token], starts[stage, token], counts[stage, token]]))
     rate = _covered_share(np.concatenate(spans, axis=1), trace, values.size)
     return DepartureCurve(
         thresholds=values,
@@ -299,30 +296,36 @@ def _prepared(
     return values, values[order], order
 
 
-def _token_weights(trace: Trace) -> NDArray[np.float64] | None:
-    """Share of each token in the risk, or None if every unit is one token of equal weight."""
+def _token_shares(trace: Trace) -> NDArray[np.float64] | None:
+    """Share in the risk of one token of each unit, or None if units are equal single tokens."""
     if trace.weights is None and trace.n_tokens == trace.n_units:
         return None
     weights = np.ones(trace.n_units) if trace.weights is None else trace.weights
-    return np.repeat(weights / weights.sum() / trace.lengths, trace.lengths)
+    shares: NDArray[np.float64] = weights / weights.sum() / trace.lengths
+    return shares
 
 
 def _stop_counts(
     trace: Trace, ascending: NDArray[np.float32], warmup: int
-) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """Blocks of rows, each with ``counts [n_exits, n_rows]``.
+) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.int64]]]:
+    """Blocks of rows, each with the rows' units and ``counts [n_exits, n_rows]``.
 
     ``counts[s]`` is the number of ascending thresholds at which the token has stopped by exit s.
     """
-    positions = trace.positions if warmup else None
     count = threshold_counter(ascending)
+    offsets = trace.offsets
     for start in range(0, trace.n_tokens, _BLOCK):
-        rows = slice(start, min(start + _BLOCK, trace.n_tokens))
+        stop = min(start + _BLOCK, trace.n_tokens)
+        rows = slice(start, stop)
+        first = int(np.searchsorted(offsets, start, side="right")) - 1
+        last = int(np.searchsorted(offsets, stop, side="left"))
+        ends = np.minimum(offsets[first + 1 : last + 1], stop)
+        unit = np.repeat(np.arange(first, last), ends - np.maximum(offsets[first:last], start))
         best = np.maximum.accumulate(np.ascontiguousarray(trace.scores[rows].T), axis=0)
         counts = count(best)
-        if positions is not None:
-            counts[:, positions[rows] < warmup] = 0
-        yield rows, counts
+        if warmup:
+            counts[:, start + np.arange(stop - start) - offsets[unit] < warmup] = 0
+        yield rows, unit, counts
 
 
 def _loss_steps(losses: NDArray[Any]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -204,7 +204,7 @@ def control_sequentially(
         max_units=max_units,
         batch=batch,
     )
-    records = []
+    records: list[ColumnRecord] = []
     for column in range(start, n_columns):
         records.append(test.run(column))
         if records[-1].verdict is not Verdict.CERTIFIED:
@@ -213,10 +213,58 @@ def control_sequentially(
     certified = np.zeros(n_columns, dtype=bool)
     certified[[0, *passed]] = True
     index = passed[-1] if passed else None
+    settings = {
+        "n_columns": n_columns,
+        "max_units": max_units,
+        "least": float(least),
+        "start": start,
+        "futility": float(futility),
+        "bets": list(bets),
+    }
     certificate = _certificate(
-        tuple(records), index, level, upper, delta, n_columns, bets, loss=loss, unit=unit
+        tuple(records), index, level, upper, delta, settings, loss=loss, unit=unit
     )
     return SequentialResult(index, certified, tuple(records), certificate)
+
+
+def verify_sequential(certificate: Certificate, draw: Draw) -> bool:
+    """Return whether the losses give this sequential certificate's evidence when tested again.
+
+    Parameters
+    ----------
+    certificate : Certificate
+        From `control_sequentially`.
+    draw : callable
+        As given to it; only the units that were read are asked for, one by one.
+
+    Returns
+    -------
+    bool
+        True if the same columns are visited, decided after the same units with the same evidence
+        (to 1e-6 relative), and the recorded decision follows.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the certificate is of another kind.
+    """
+    if certificate.method != "e-process" or "settings" not in certificate.evidence:
+        raise InvalidArgumentError("certificate", certificate.method, "by `control_sequentially`")
+    evidence = certificate.evidence
+    settings = {**evidence["settings"], "bets": tuple(evidence["settings"]["bets"])}
+    again = control_sequentially(
+        draw,
+        risk=certificate.risk,  # type: ignore[arg-type]
+        bound=certificate.bound,  # type: ignore[arg-type]
+        delta=certificate.delta,
+        **settings,
+    )
+    found = again.certificate.evidence
+    return (
+        all(found[name] == evidence[name] for name in ("columns", "certified", "units"))
+        and bool(np.allclose(found["log_e_values"], evidence["log_e_values"], rtol=1e-6))
+        and (again.index, again.index is not None) == (certificate.index, certificate.holds)
+    )
 
 
 @dataclass(frozen=True)
@@ -283,8 +331,7 @@ def _certificate(
     risk: float,
     bound: float,
     delta: float,
-    n_columns: int,
-    bets: tuple[float, ...],
+    settings: dict[str, Any],
     *,
     loss: str,
     unit: str,
@@ -313,8 +360,8 @@ def _certificate(
                     "test": "e-process",
                 }
             ],
-            "n_columns": n_columns,
-            "bets": list(bets),
+            "n_columns": settings["n_columns"],
+            "settings": settings,
             "columns": [record.column for record in records],
             "certified": [r.column for r in records if r.verdict is Verdict.CERTIFIED],
             "log_e_values": [max(record.log_e, -1e300) for record in records],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -19,7 +20,9 @@ from adaptive.calibration import (
     MeanEProcess,
     UnsupportedError,
     Verdict,
+    control_risk,
     control_sequentially,
+    verify_sequential,
 )
 
 
@@ -84,6 +87,22 @@ def test_the_certificate_travels_and_names_its_test():
     assert "disagreement" in certificate.statement()
     with pytest.raises(UnsupportedError, match="e-process"):
         certificate.verify(np.zeros((10, 2)))
+
+
+def test_a_certificate_is_verified_by_running_it_again():
+    table = table_of([0.0, 0.01, 0.3])
+    result, _ = run(table, batch=32)
+
+    def draw(column, first, last):
+        return table[first:last, column]
+
+    assert verify_sequential(result.certificate, draw)
+    tampered = dataclasses.replace(result.certificate, index=2)
+    assert not verify_sequential(tampered, draw)
+    assert not verify_sequential(result.certificate, lambda *_: [0.0])
+    other = control_risk(table, risk=0.1, loss_type="binary").certificate
+    with pytest.raises(InvalidArgumentError, match="control_sequentially"):
+        verify_sequential(other, draw)
 
 
 def test_signed_losses_need_their_lower_bound_declared():

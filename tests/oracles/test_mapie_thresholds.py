@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("mapie")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "risk_curve_beside_mapie.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_risk_curve.py"
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("n_units", "n_thresholds"), [(500, 50), (5000, 100)])
 def test_certified_thresholds_agree(n_units, n_thresholds):
-    spec = importlib.util.spec_from_file_location("beside_mapie", SCRIPT)
+    spec = importlib.util.spec_from_file_location("bench_risk_curve", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     ours, theirs = script.ours(n_units, n_thresholds)(), script.mapie(n_units, n_thresholds)()

@@ -1,6 +1,6 @@
 """Threshold calibration from scores, beside MAPIE, in one run.
 
-    python tests/benchmarks/risk_curve_beside_mapie.py [n_units] [n_thresholds]
+    python tests/benchmarks/bench_risk_curve.py [n_units] [n_thresholds]
 
 The job, the same for both: a score per unit, stopping at ``score >= threshold`` is wrong for known
 units, certify P(stopped and wrong) <= 0.05 at confidence 0.9 for all thresholds by Holm's procedure

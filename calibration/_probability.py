@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
-from sklearn.isotonic import IsotonicRegression
 
 from adaptive.calibration._beta_mixture import clipped_unit_interval
 from adaptive.calibration._errors import InvalidArgumentError
@@ -233,6 +232,8 @@ def fit_isotonic(
     ----------
     Zadrozny and Elkan (2002), doi:10.1145/775047.775151.
     """
+    from sklearn.isotonic import IsotonicRegression
+
     s, y, w = _checked(scores, labels, weights)
     model = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
     model.fit(s, y, sample_weight=w)

@@ -46,8 +46,9 @@ class Trace:
     ----------
     scores : array_like [n_tokens, n_exits]
         Score at every exit, kept as float32, the precision in which rules compare. Higher means
-        more settled. ``-inf`` says that an exit has no score (it then never stops); NaN is
-        refused.
+        more settled. ``-inf`` says that an exit has no score (it then never stops). NaN and
+        ``inf`` are refused: an infinite score would stop even at threshold ``inf``, which stands
+        for full computation.
     losses : mapping of str to array_like [n_tokens, n_exits]
         Loss of stopping the token at each exit, finite. Boolean, integer, float32 and float64
         arrays keep their type.
@@ -114,7 +115,7 @@ class Trace:
             name: token_rows(f"columns[{name!r}]", value, n_tokens, None)
             for name, value in self.columns.items()
         }
-        require_no_nan("scores", scores)
+        require_no_nan("scores", scores, lowest=True)
         if not isinstance(self.cost_quantity, str) or not self.cost_quantity:
             raise InvalidTypeError("cost_quantity", self.cost_quantity, "a word such as 'seconds'")
         values = {

@@ -48,7 +48,7 @@ def token_loss(name: str, value: ArrayLike, shape: tuple[int, int]) -> NDArray[A
     if array.dtype.kind == "f":
         if array.dtype.itemsize not in (4, 8):
             array = frozen(array.astype(np.float32))
-        require_no_nan(label, array, infinite=False)
+        require_no_nan(label, array)
     return array
 
 
@@ -57,18 +57,18 @@ def rows_per_chunk(array: NDArray[Any]) -> int:
     return max(1, _CHUNK // max(1, array[:1].size))
 
 
-def require_no_nan(name: str, array: NDArray[Any], *, infinite: bool = True) -> None:
-    """Raise if an array holds NaN (or an infinity), naming the place; memory maps are not read."""
+def require_no_nan(name: str, array: NDArray[Any], *, lowest: bool = False) -> None:
+    """Raise unless finite (or ``-inf`` where `lowest`), naming the place; memory maps pass."""
     if isinstance(array, np.memmap):
         return
     step = rows_per_chunk(array)
     for start in range(0, array.shape[0], step):
         piece = array[start : start + step]
-        wrong = np.isnan(piece) if infinite else ~np.isfinite(piece)
+        wrong = ~(piece < np.inf) if lowest else ~np.isfinite(piece)
         if wrong.any():
             row, exit_ = np.argwhere(wrong)[0]
             place = f"{piece[row, exit_]} at token {row + start}, exit {exit_}"
-            raise InvalidArgumentError(name, place, "free of NaN" if infinite else "finite")
+            raise InvalidArgumentError(name, place, "finite or -inf" if lowest else "finite")
 
 
 def unit_lengths(value: ArrayLike | None, n_tokens: int) -> NDArray[np.int64]:

@@ -85,6 +85,9 @@ def test_nan_is_refused_with_its_place_and_minus_infinity_is_not():
     scores[2, 1] = np.nan
     with pytest.raises(InvalidArgumentError, match="nan at token 2, exit 1"):
         Trace(scores=scores, losses=losses, costs=[1, 2, 3], cost_quantity="s")
+    scores[2, 1] = np.inf
+    with pytest.raises(InvalidArgumentError, match="inf at token 2, exit 1"):
+        Trace(scores=scores, losses=losses, costs=[1, 2, 3], cost_quantity="s")
     scores[2, 1] = -np.inf
     Trace(scores=scores, losses=losses, costs=[1, 2, 3], cost_quantity="s")
     losses["x"][0, 0] = np.inf

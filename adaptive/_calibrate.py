@@ -209,6 +209,11 @@ def calibrate(
     )
     family = replace(family, mode=mode or family.mode, certificate=None)
     check_stages(family, exits)
+    if family.scope == "batch":
+        raise UnsupportedError(
+            "rules whose rows decide together cannot be calibrated per prompt: the batch would be "
+            "the unit. Use a rule that decides per row"
+        )
     clustered = groups is not None and pool is None
     n_test = len(split.test) if not clustered else len(np.unique(split.test.groups))  # type: ignore[arg-type]
     _log.info(
@@ -370,6 +375,7 @@ class _Bench:
             [run.tokens for run in runs],
             deployment=self.deployment,
             score=self.family.score,
+            stages=self.family.stages,
             progress=self.progress,
             tier=self.tier,
         )

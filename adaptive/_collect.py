@@ -34,6 +34,7 @@ def collect(
     *,
     deployment: Deployment,
     score: AbstractScore | None = None,
+    stages: tuple[int, ...] | None = None,
     progress: bool = True,
     tier: Tier | None = None,
 ) -> Trace:
@@ -53,7 +54,9 @@ def collect(
     deployment : Deployment
         How the text is decoded; its processors and noise shape every choice.
     score : AbstractScore, optional
-        Read at every exit; the probe's score by default.
+        Read at every asked exit; the probe's score by default.
+    stages : tuple of int, optional
+        Exits that are asked, all by default; others have the score ``-inf``.
     progress : bool
     tier : {"native", "generic"}, optional
 
@@ -72,6 +75,7 @@ def collect(
     """
     exits = require_exits(model)
     score = ProbeScore() if score is None else score
+    asked = tuple(range(len(exits.layers))) if stages is None else stages
     sizes = [len(p) + len(t) for p, t in zip(units.prompts, texts, strict=True)]
     order = [int(i) for i in np.argsort(sizes, kind="stable") if len(texts[i]) > 1]
     if not order:
@@ -85,7 +89,7 @@ def collect(
             prepared = deployment.prepared(model, ids[:, : mask.shape[1]], mask)
             chooser = prepared.chooser([units.ids[i] for i in index], deployment.seed)
             states, readout = full_states(model, ids, mask, exits.layers, tier=tier)
-            found = _read(exits, states, readout, ids, mask.shape[1], chooser, score)
+            found = _read(exits, states, readout, ids, mask.shape[1], chooser, score, asked)
             rows.update(zip(index, _split(found, pairs), strict=True))
             bar.update(len(index))
     kept = sorted(rows)
@@ -170,6 +174,7 @@ def _read(
     prompt: int,
     chooser: Chooser,
     score: AbstractScore,
+    stages: tuple[int, ...],
 ) -> dict[str, Tensor]:
     """Scores, answers and full choices of a batch, each ``[batch, n, ...]``."""
     choices = choices_along(states[-1], readout, ids, prompt, chooser)
@@ -181,46 +186,52 @@ def _read(
         dim=-1,
     )
     return {
-        "scores": _scores(exits, states, readout, score),
+        "scores": _scores(exits, states, readout, score, stages),
         "disagreement": answers != choices[:, :, None],
         "answers": answers.to(torch.int32),
         "choices": choices,
     }
 
 
-def _scores(exits: Exits, states: list[Tensor], readout: Readout, score: AbstractScore) -> Tensor:
-    """Score at every slot and exit, float32 ``[batch, n, n_exits]``.
+def _scores(
+    exits: Exits,
+    states: list[Tensor],
+    readout: Readout,
+    score: AbstractScore,
+    stages: tuple[int, ...],
+) -> Tensor:
+    """Score at every slot and exit, float32 ``[batch, n, n_exits]``, ``-inf`` where not asked.
 
-    A score without memory sees the slots of a chunk as rows of one batch; one with memory walks
-    them in order, as it does in the loop.
+    A score that remembers nothing across tokens sees the slots of a chunk as rows of one batch;
+    the others walk the slots in order, as they do in the loop.
     """
     batch, count, width = states[0].shape
-    memory = score.init(batch, device=states[0].device)
-    step = 1 if memory else _CHUNK
-    parts = []
+    device = states[0].device
+    step = 1 if score.across_tokens else _CHUNK
+    found = torch.full((batch, count, len(exits.layers)), float("-inf"), device=device)
+    memory = score.init(batch, device=device)
     for start in range(0, count, step):
         stop = min(start + step, count)
         rows = batch * (stop - start)
-        state = memory if memory else score.init(rows, device=states[0].device)
-        position = torch.arange(start + 1, stop + 1, device=states[0].device)
-        found: list[Tensor] = []
+        state = memory if score.across_tokens else score.init(rows, device=device)
+        position = torch.arange(start + 1, stop + 1, device=device).repeat(batch)
         previous: Tensor | None = None
-        for exit in range(len(exits.layers)):
+        for exit in stages:
             here = states[exit][:, start:stop].reshape(rows, width)
             features = exits.features(
                 frozenset(score.needs),
                 exit,
                 here,
                 previous=previous,
-                position=position.repeat(batch),
+                position=position,
                 readout=readout,
             )
             value, state = score.score(features, state)
-            found.append(value.float().view(batch, stop - start))
+            found[:, start:stop, exit] = value.float().view(batch, stop - start)
             previous = here
-        memory = state if memory else memory
-        parts.append(torch.stack(found, dim=-1))
-    return torch.cat(parts, dim=1)
+        if score.across_tokens:
+            memory = score.advance(state)
+    return found
 
 
 def _split(

@@ -319,7 +319,14 @@ def path_losses(
     found = np.zeros((len(units), len(knobs)))
     kept, own = units.select(long), [texts[i] for i in long]
     trace = collect(
-        model, kept, own, deployment=deployment, score=policy.score, progress=progress, tier=tier
+        model,
+        kept,
+        own,
+        deployment=deployment,
+        score=policy.score,
+        stages=policy.stages,
+        progress=progress,
+        tier=tier,
     )
     if loss == "departure":
         found[long] = first_departures(policy, knobs, trace).losses

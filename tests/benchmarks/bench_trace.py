@@ -68,7 +68,7 @@ def main(
 
     def trace() -> None:
         states, readout = full_states(model, ids, mask, exits.layers)
-        _read(exits, states, readout, ids, prompt, chooser, ProbeScore())
+        _read(exits, states, readout, ids, prompt, chooser, ProbeScore(), (0, 1, 2))
 
     spent: dict[str, list[float]] = {"unavoidable": [], "trace": []}
     for turn in range(repeats + 1):

@@ -179,17 +179,20 @@ class Exits(nn.Module):
             ) from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
             raise CertificateError(f"the exits in {folder} are not readable: {error}") from error
-        if config.get("schema") != _SCHEMA:
-            raise CertificateError(
-                f"exits schema {config.get('schema')!r} is not readable by this version"
+        schema = config.get("schema") if isinstance(config, dict) else type(config).__name__
+        if schema != _SCHEMA:
+            raise CertificateError(f"exits schema {schema!r} is not readable by this version")
+        try:
+            raw = config["record"]
+            record = ExitsRecord(
+                model=raw["model"], units=tuple(raw["units"]), settings=raw["settings"]
             )
-        raw = config["record"]
-        record = ExitsRecord(
-            model=raw["model"], units=tuple(raw["units"]), settings=raw["settings"]
-        )
-        exits = cls(config["layers"], config["width"], rank=config["rank"], record=record)
-        exits.kept = nn.Parameter(weights["kept"], requires_grad=False)
-        exits.load_state_dict(weights)
+            exits = cls(config["layers"], config["width"], rank=config["rank"], record=record)
+            exits.kept = nn.Parameter(weights["kept"], requires_grad=False)
+            exits.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CertificateError(f"the exits in {folder} are damaged: {reason}") from error
         return exits
 
 
@@ -262,10 +265,10 @@ def attach_exits(
 def get_exits(model: PreTrainedModel) -> Exits | None:
     """Return a model's exits: attached ones, or those saved in the directory it was loaded from."""
     if model not in _attached:
-        folder = Path(getattr(model.config, "_name_or_path", "") or "")
-        if not (folder / _CONFIG).is_file():
+        home = getattr(model.config, "_name_or_path", "")
+        if not home or not (Path(home) / _CONFIG).is_file():
             return None
-        attach_exits(model, folder)
+        attach_exits(model, Path(home))
     return _attached[model]
 
 

@@ -101,8 +101,8 @@ def family_of(model: nn.Module) -> Family:
 
 def layers_of(model: nn.Module) -> list[Any]:
     """Return the decoder layers that run, in order: modules whose parts differ by family."""
-    config: Any = model.config
     layers = attrgetter(family_of(model).layers)(model)
+    config: Any = model.config
     return list(layers)[: config.num_hidden_layers]
 
 

@@ -331,9 +331,11 @@ def _fit_translators(
         rate = training.learning_rate * (1 - step / training.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad()
         loss = _translator_loss(learned, slots.states[:, index].to(device), readout)
-        loss.backward()
+        # not `backward`, which would leave gradients on the model's norm and head
+        gradients = torch.autograd.grad(loss, list(learned.values()))
+        for value, gradient in zip(learned.values(), gradients, strict=True):
+            value.grad = gradient
         optimizer.step()
         if (step + 1) % _SAVE_EVERY == 0:
             store.keep_tensors(_progress(step + 1, learned, optimizer))

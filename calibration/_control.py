@@ -270,7 +270,7 @@ class _Examiner:
         test = self.tests[i]
         if not isinstance(test, ExactBinomial):
             values = values.astype(np.float64, copy=False)
-        losses = values[:, None]
+        losses: NDArray[Any] = values[:, None]
         if values.dtype != np.bool_:
             require_at_least(
                 "losses", losses, test.least, reason=f"{test.name} test", first_column=column

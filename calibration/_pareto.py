@@ -145,7 +145,9 @@ def control_risk_split(
     if price.shape != (count,) or not np.isfinite(price).all():
         raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
     generator = as_generator(rng)
-    tables = [np.column_stack([s.column(j) for j in range(1, count)]) for s in sources]
+    tables = [
+        np.column_stack([s.column(j) for j in range(1, count)]).astype(np.float64) for s in sources
+    ]
     order = generator.permutation(tables[0].shape[0])
     cut = round(tuning_share * order.size)
     if not 0 < cut < order.size:

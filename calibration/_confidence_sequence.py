@@ -224,7 +224,7 @@ class BettingSequence:
 
     References
     ----------
-    Waudby-Smith and Ramdas (2024), doi:10.1093/jrsssb/qkad009, theorem 3 and equation 26.
+    Waudby-Smith and Ramdas (2024), doi:10.1093/jrsssb/qkad009, section 4.
     """
 
     delta: float

@@ -52,7 +52,7 @@ def test_boundaries_grow_with_time_and_with_certainty(v, delta, best_at, scale):
             assert np.isfinite(boundary(v, delta))
 
 
-@pytest.mark.parametrize(("bet", "expected"), [(0.5, 2.430360423826)])
+@pytest.mark.parametrize(("bet", "expected"), [(0.5, 2.430360423826), (1.0, 4.730441483847)])
 def test_a_constant_bet_known_answer(bet, expected):
     process = MeanEProcess(level=0.15, bets=(bet * 0.85,))
     log_e, _ = process.path(A100)

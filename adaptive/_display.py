@@ -56,7 +56,7 @@ class RiskPathDisplay:
         columns = tuple(int(j) for j in evidence["columns"])
         risks = tuple(float(value) for value in evidence["means"][certificate.loss])
         depth = {int(j): float(value) for j, value in evidence["mean_depth"].items()}
-        bound = evidence.get("upper_bound", {}).get(certificate.loss)
+        bound = (evidence.get("upper_bound") or {}).get(certificate.loss)
         assert isinstance(certificate.risk, float | int)
         return cls(
             columns=(0, *columns),

@@ -100,6 +100,7 @@ def read_units(
     if not isinstance(dataset, Iterable):
         raise InvalidTypeError("dataset", dataset, "an iterable of prompts")
     reader = _Reader(model, tokenizer, column)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     prompts: list[tuple[int, ...]] = []
     references: list[tuple[int, ...] | None] = []
     labels: list[Any] = []
@@ -112,6 +113,13 @@ def read_units(
                     "dataset",
                     f"an empty prompt at position {position}",
                     "prompts of at least one token",
+                )
+            outside = [token for token in prompt if not 0 <= token < vocabulary]
+            if outside:
+                raise InvalidArgumentError(
+                    "dataset",
+                    f"token {outside[0]} at position {position}",
+                    f"token ids in 0..{vocabulary - 1}, the model's vocabulary",
                 )
             prompts.append(prompt)
             references.append(reference)
@@ -147,19 +155,27 @@ class _Reader:
     ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...] | None, Any]]:
         """Yield (prompt, reference, group) of every unit in an item; a batch holds several."""
         if isinstance(item, Mapping):
-            value, label = self._value(item, position), item.get(group_key) if group_key else None
+            value = self._value(item, position)
             if group_key is not None and group_key not in item:
-                raise InvalidArgumentError(
-                    "groups", group_key, f"a key of every item; item {position} has {sorted(item)}"
-                )
+                raise _no_group(group_key, position, f"has {sorted(item)}")
+            label = item[group_key] if group_key else None
             if _is_batch(value):
-                for prompt in _unpadded(value, item.get("attention_mask")):
-                    yield prompt, None, label
+                rows = list(_unpadded(value, item.get("attention_mask"), position))
+                labels = [None] * len(rows) if group_key is None else _plain_list(label)
+                if len(labels) != len(rows):
+                    raise InvalidArgumentError(
+                        "groups", f"{len(labels)} values", f"one per row of item {position}"
+                    )
+                for prompt, own in zip(rows, labels, strict=True):
+                    yield prompt, None, own
                 return
             given = item.get("continuation")
-            yield self.tokens(value, position), None if given is None else self._plain(given), label
+            reference = None if given is None else self._reference(given, position)
+            yield self.tokens(value, position), reference, label
+        elif group_key is not None:
+            raise _no_group(group_key, position, f"is a {type(item).__name__}")
         elif _is_batch(item):
-            for prompt in _unpadded(item, None):
+            for prompt in _unpadded(item, None, position):
                 yield prompt, None, None
         else:
             yield self.tokens(item, position), None, None
@@ -175,13 +191,15 @@ class _Reader:
             and value
             and all(isinstance(turn, Mapping) for turn in value)
         ):
+            if not self.tokenizer.chat_template:
+                raise InvalidArgumentError(
+                    "tokenizer", "one without", "a tokenizer with a chat template"
+                )
             ids = self.tokenizer.apply_chat_template(
                 list(value), add_generation_prompt=True, return_dict=False
             )
             return tuple(int(token) for token in ids)
-        if isinstance(value, Sequence) and all(
-            isinstance(token, int | np.integer) for token in value
-        ):
+        if _are_tokens(value):
             return tuple(int(token) for token in value)
         raise InvalidTypeError(
             "dataset",
@@ -196,9 +214,15 @@ class _Reader:
             self._tokenizer = tokenizer_of(self._model)
         return self._tokenizer
 
-    def _plain(self, value: Any) -> tuple[int, ...]:
+    def _reference(self, value: Any, position: int) -> tuple[int, ...]:
+        """Token ids of a given continuation, which starts in the middle of a text."""
         if isinstance(value, str):
             return tuple(self.tokenizer(value, add_special_tokens=False)["input_ids"])
+        value = _plain_list(value)
+        if not _are_tokens(value):
+            raise InvalidTypeError(
+                "dataset", value, f"a text or token ids as `continuation` of item {position}"
+            )
         return tuple(int(token) for token in value)
 
     def _value(self, item: Mapping[str, Any], position: int) -> Any:
@@ -235,9 +259,31 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray) and value.ndim == 2
 
 
-def _unpadded(ids: Any, mask: Any) -> Iterator[tuple[int, ...]]:
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(
+        isinstance(token, int | np.integer) for token in value
+    )
+
+
+def _plain_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+
+
+def _no_group(key: str, position: int, found: str) -> InvalidArgumentError:
+    return InvalidArgumentError("groups", key, f"a key of every item; item {position} {found}")
+
+
+def _unpadded(ids: Any, mask: Any, position: int) -> Iterator[tuple[int, ...]]:
     rows = torch.as_tensor(ids)
+    if rows.is_floating_point():
+        raise InvalidTypeError("dataset", ids, f"token ids; item {position} holds {rows.dtype}")
     kept = torch.ones_like(rows) if mask is None else torch.as_tensor(mask)
+    if kept.shape != rows.shape:
+        raise InvalidArgumentError(
+            "dataset",
+            f"an attention_mask of shape {tuple(kept.shape)} in item {position}",
+            f"as `input_ids`, of shape {tuple(rows.shape)}",
+        )
     for row, real in zip(rows, kept, strict=True):
         yield tuple(int(token) for token in row[real.bool()])
 

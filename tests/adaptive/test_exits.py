@@ -121,7 +121,7 @@ def test_models_outside_the_families_are_named() -> None:
     )
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         attach_exits(T5ForConditionalGeneration(config))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="Linear has no `config.model_type`"):
+    with pytest.raises(UnsupportedError, match=r"Linear has no `config\.model_type`"):
         attach_exits(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

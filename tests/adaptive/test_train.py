@@ -34,6 +34,13 @@ def _equal(a: Exits, b: Exits) -> bool:
     return all(torch.equal(value, theirs[name]) for name, value in a.named_parameters())
 
 
+def _keeper(found: list[Tensor]) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
 def _states(model: Any, prompts: list[list[int]], new_tokens: int = 8) -> list[Tensor]:
     """Hidden states after every layer at the generated tokens of fresh prompts, ``[n, width]``."""
     rows: list[tuple[Tensor, ...]] = []
@@ -46,20 +53,14 @@ def _states(model: Any, prompts: list[list[int]], new_tokens: int = 8) -> list[T
             min_new_tokens=new_tokens,
             do_sample=False,
         )
-        found: list[Tensor] = []
-        handles = [
-            layer.register_forward_hook(
-                lambda module, args, output: found.append(
-                    (output[0] if isinstance(output, tuple) else output)[0, len(prompt) :]  # noqa: B023
-                )
-            )
-            for layer in model.model.layers
-        ]
         with torch.no_grad():
+            inside = model.model(input_ids=text[:, :-1], output_hidden_states=True).hidden_states
+            # the last of them is already normed: the output of the last layer is taken by a hook
+            found: list[Tensor] = []
+            hook = model.model.layers[-1].register_forward_hook(_keeper(found))
             model(input_ids=text[:, :-1], use_cache=False)
-        for handle in handles:
-            handle.remove()
-        rows.append(tuple(found))
+            hook.remove()
+        rows.append(tuple(state[0, len(prompt) :] for state in (*inside[1:-1], *found)))
     return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 

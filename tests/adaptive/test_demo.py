@@ -1,0 +1,43 @@
+"""The main job on the shipped model, in small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from adaptive._demo import SHIPPED, run_demo
+from adaptive.policies import Policy
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (SHIPPED / "exits.safetensors").is_file(), reason="installed without the shipped model"
+    ),
+]
+
+
+def test_the_demo_keeps_its_promise_and_writes_what_it_says(tmp_path: Path) -> None:
+    console = Console(width=160, record=True, quiet=False, file=(tmp_path / "log").open("w"))
+    run_demo(
+        risk=0.2,
+        delta=0.2,
+        units=60,
+        fresh=12,
+        new_tokens=8,
+        out=tmp_path / "out",
+        rng=0,
+        progress=False,
+        console=console,
+    )
+    text = console.export_text()
+    for word in ("exact", "propagate", "promised risk", "tokens/s", "mean depth", "One completion"):
+        assert word in text
+    assert (tmp_path / "out" / "risk_path.png").stat().st_size > 10_000
+    for mode in ("exact", "propagate"):
+        policy = Policy.from_pretrained(tmp_path / "out" / mode)
+        assert policy.mode == mode
+        assert policy.certificate is not None
+        assert policy.certificate.risk == 0.2
+        assert "pool" in " ".join(policy.certificate.assumptions)

@@ -140,6 +140,10 @@ class Trace:
     def __len__(self) -> int:
         return self.n_units
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return _rebuilt, ({**values, "losses": {**self.losses}, "columns": {**self.columns}},)
+
     @property
     def n_units(self) -> int:
         """Number of units."""
@@ -344,3 +348,8 @@ class Trace:
         from adaptive.calibration._trace_io import load_trace
 
         return load_trace(path, memory_map=memory_map)
+
+
+def _rebuilt(fields: dict[str, Any]) -> Trace:
+    """Make the trace again from its fields: what pickle and copy call."""
+    return Trace(**fields)

@@ -186,6 +186,12 @@ def prediction_powered_losses(
     ... )
     >>> found.losses.tolist(), found.bound
     ([[0.5], [-1.0]], 1.0)
+
+    An upper confidence bound on the graded mean:
+
+    >>> from adaptive.calibration import wsr_upper_bound
+    >>> float(wsr_upper_bound(found.losses, delta=0.05, bound=found.bound)[0])
+    1.0
     """
     table = float_matrix("graded", graded)
     near = float_matrix("proxy", proxy)

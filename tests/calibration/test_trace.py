@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -205,6 +207,12 @@ def test_a_round_trip_through_disk_changes_nothing(tmp_path, optional):
         assert isinstance(loaded.scores, np.memmap) == mapped
         np.testing.assert_array_equal(loaded.losses["gap"], trace.losses["gap"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "trace.npz"]
+
+
+def test_traces_travel_between_processes():
+    trace = make()
+    assert pickle.loads(pickle.dumps(trace)).fingerprint() == trace.fingerprint()
+    assert copy.deepcopy(trace).fingerprint() == trace.fingerprint()
 
 
 def test_a_directory_is_never_replaced(tmp_path):

@@ -35,6 +35,7 @@ from adaptive.calibration import (
     thin_by_weights,
     truncated_sprt,
     wsr_log_p,
+    wsr_upper_bound,
 )
 from adaptive.calibration.conformance import violation_limit
 
@@ -187,6 +188,8 @@ def test_prediction_power_keeps_the_level_and_trusting_the_proxy_does_not(rng):
     assert graded.mean() == pytest.approx(0.1, abs=0.002)
     powered = wsr_log_p(found.losses, risk=0.1, delta=0.1, bound=found.bound)
     assert keeps(powered <= target, 0.1)
+    part = found.losses[:, :1000]
+    assert keeps(wsr_upper_bound(part, delta=0.1, bound=found.bound) < 0.1, 0.1)
     trusting = binomial_log_p(plenty.sum(axis=0).astype(int), 2000, risk=0.1)
     assert not keeps(trusting <= target, 0.1)
 

@@ -8,6 +8,7 @@ import weakref
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor
@@ -35,12 +36,16 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
     Raises
     ------
     InvalidArgumentError
-        If ``tier`` is none of the above.
+        If ``tier`` is none of the above, or the model would drop out units.
     UnsupportedError
         If the family is unknown, or ``tier="native"`` is asked for and not possible.
     """
     if tier not in (None, "native", "generic"):
         raise InvalidArgumentError("tier", tier, "'native', 'generic' or None")
+    if model.training and _drops_out(model):
+        raise InvalidArgumentError(
+            "model", "a model in training mode with dropout", "`model.eval()` before it is run"
+        )
     if tier == "generic":
         return GenericExecutor(model)
     found = _native.get(model)
@@ -58,6 +63,13 @@ def forget(model: PreTrainedModel) -> None:
     """Drop what is kept for a model."""
     _native.pop(model, None)
     _differing.discard(model)
+
+
+def _drops_out(model: PreTrainedModel) -> bool:
+    """Whether two passes over the same text could differ in training mode."""
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates += [getattr(model.config, name, 0.0) or 0.0 for name in ("attention_dropout", "dropout")]
+    return any(rate > 0 for rate in rates)
 
 
 @torch.no_grad()

@@ -289,7 +289,7 @@ class _Examiner:
             mean = losses.mean()
             signed = bool(losses.min() < 0.0)
             positive = np.maximum(losses, 0.0).mean() if signed else mean
-            digest = f"{zlib.crc32(np.ascontiguousarray(losses)):08x}"
+            digest = f"{zlib.crc32(np.ascontiguousarray(losses).data):08x}"
             parts.append((float(log_p[0]), float(mean), float(positive), digest))
         log_ps, means, positives, digests = zip(*parts, strict=True)
         self.visits[column] = _Visit(max(log_ps), means, positives, digests)

@@ -239,3 +239,44 @@ def test_minimum_units_is_where_zero_loss_begins_to_pass(method):
 def test_plan_units_against_a_known_answer():
     assert plan_units(0.05, 0.1, true_risk=0.02, loss_type="binary") == 258
     assert plan_units(0.05, 0.1, true_risk=0.02) > 258
+
+
+@pytest.mark.parametrize("method", ["auto", "wsr", "hoeffding-bentkus", "mixture"])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_tiny_and_degenerate_calibrations_are_decided(n, method):
+    for value in (0.0, 0.5, 1.0):
+        losses = np.full((n, 3), value)
+        result = control_risk(losses, risk=0.5, delta=0.3, method=method)
+        assert result.index in ((None, 2) if value == 0.0 else (None,))
+        assert result.certificate.verify(losses)
+
+
+def test_a_million_units_and_far_tails_keep_their_order():
+    n = 1_000_000
+    counts = {1: 0, 2: 1000, 3: 20_000}
+
+    def losses(column):
+        return np.arange(n) < counts[column]
+
+    result = control_risk(losses, risk=0.05, loss_type="binary", n_columns=4)
+    assert result.index == 3
+    assert result.log_p_values[1] < result.log_p_values[2] < result.log_p_values[3] < -12_000
+    assert (result.p_values[1:] == 0.0).all()
+
+
+def test_booleans_and_numbers_give_the_same_evidence():
+    losses = bernoulli()
+    for kind in ("binary", "bounded"):
+        numbers = control_risk(losses, risk=0.05, loss_type=kind)
+        booleans = control_risk(losses.astype(bool), risk=0.05, loss_type=kind)
+        np.testing.assert_array_equal(numbers.log_p_values, booleans.log_p_values)
+        assert numbers.certificate.verify(losses.astype(bool))
+
+
+def test_progress_is_told_of_every_visited_column():
+    seen = []
+    result = control_risk(
+        bernoulli(), risk=0.05, loss_type="binary", progress=lambda j, p: seen.append((j, p))
+    )
+    assert [j for j, _ in seen] == list(result.visited)
+    assert [p for _, p in seen] == [result.log_p_values[j] for j in result.visited]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import helpers as tiny_models
 import numpy as np
 import pytest
 import torch
@@ -20,19 +19,6 @@ EXITS = (1, 2, 3)
 TRAINING = ExitTraining(rank=4, steps=40, new_tokens=12, slots=3000, batch_size=32)
 
 
-def load_helpers() -> ModuleType:
-    """The module beside the tests' root, loaded once."""
-    name = "tests_helpers"
-    if name not in sys.modules:
-        path = Path(__file__).resolve().parents[1] / "helpers.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @torch.no_grad()
 def planted_model(*, amplitude: float = 8.0, **changes: Any) -> PreTrainedModel:
     """A Llama of 4 layers: the first computes, the second and last change some tokens' answers.
@@ -42,7 +28,7 @@ def planted_model(*, amplitude: float = 8.0, **changes: Any) -> PreTrainedModel:
     other while exit 0 is worse.
     """
     settings = {"num_hidden_layers": 4, "intermediate_size": 32, "initializer_range": 0.5}
-    model: PreTrainedModel = load_helpers().tiny("llama", exits=False, **settings | changes)
+    model: PreTrainedModel = tiny_models.tiny("llama", exits=False, **settings | changes)
     generator = torch.Generator().manual_seed(5)
     flags = 2
     decoder: Any = model.model
@@ -93,7 +79,7 @@ def tools() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def helpers() -> ModuleType:
-    return load_helpers()
+    return tiny_models
 
 
 @pytest.fixture(scope="session")

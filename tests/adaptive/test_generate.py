@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -42,21 +40,6 @@ from adaptive._output import AdaptiveOutput
 from adaptive._settings import fingerprints
 from adaptive.calibration import Certificate, InvalidTypeError
 from adaptive.policies import Mode, NoScore, Patience, ProbeScore, RandomStage, Threshold
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "__loaded__"):
-        spec.loader.exec_module(module)
-        module.__loaded__ = True
-    return module
-
-
-helpers = _load("helpers")
 
 NEW = 12
 MODES: tuple[Mode, ...] = ("exact", "propagate", "verify")

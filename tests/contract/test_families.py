@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from torch import Tensor
@@ -29,21 +27,6 @@ from adaptive._native import NativeExecutor
 from adaptive._output import AdaptiveOutput
 from adaptive._tier import executor_for, forget
 from adaptive.policies import Mode
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "__loaded__"):
-        spec.loader.exec_module(module)
-        module.__loaded__ = True
-    return module
-
-
-helpers = _load("helpers")
 
 ROWS = [(name, tier) for name in helpers.MODELS for tier in ("native", "generic")]
 ROWS = [(name, tier) for name, tier in ROWS if tier == "generic" or name in helpers.NATIVE]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import policy_table as table
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,14 +21,6 @@ from adaptive import policies
 from adaptive.calibration import Trace
 from adaptive.policies import Features, Policy, exit_stages, keyed_noise, unit_keys
 from adaptive.policies._base import AbstractRule, AbstractScore
-
-_path = Path(__file__).with_name("policy_table.py")
-_spec = importlib.util.spec_from_file_location("policy_table", _path)
-assert _spec is not None
-assert _spec.loader is not None
-table = importlib.util.module_from_spec(_spec)
-sys.modules["policy_table"] = table
-_spec.loader.exec_module(table)
 
 each_rule = pytest.mark.parametrize("row", table.RULES, ids=[row.name for row in table.RULES])
 each_score = pytest.mark.parametrize(

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import policy_table as table
 import pytest
 
 from adaptive.calibration import Trace, control_risk, mixture_log_p
 from adaptive.policies import exit_stages, oracle_stages, unit_costs, unit_losses
-
-if "policy_table" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location(
-        "policy_table", Path(__file__).with_name("policy_table.py")
-    )
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules["policy_table"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["policy_table"])
-table: Any = sys.modules["policy_table"]
 
 RISK, DELTA = 0.1, 0.05
 DEPLOYABLE = [row for row in table.RULES if row.rule.scope == "row"]

@@ -69,6 +69,17 @@ def test_the_kelly_bet_needs_the_known_number_of_units(rng):
     assert 185 < np.mean(units) < 215
 
 
+@pytest.mark.parametrize(("rate", "oracle"), [(0.005, 66.7), (0.02, 189.6), (0.03, 471.4)])
+def test_the_default_bets_need_few_more_units_than_the_oracle(rng, rate, oracle):
+    # The oracle bets log-optimally at the true rate: log(10) / KL(rate, 0.05) units on average.
+    process = MeanEProcess(level=0.05)
+    units = []
+    for _ in range(300):
+        log_e, _ = process.path((rng.random(6000) < rate).astype(float))
+        units.append(np.argmax(log_e >= math.log(10)) + 1)
+    assert np.mean(units) < 1.4 * oracle
+
+
 @given(
     hnp.arrays(np.float64, (15, 3), elements=st.floats(-2, 1)),
     st.floats(-0.5, 0.9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from adaptive._stack import AbstractStack, ExactStack, PropagateStack
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
 from adaptive.calibration import (
+    Certificate,
     CertificateMismatchError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -434,7 +436,16 @@ def _output(job: Job, record: Record, mismatches: tuple[str, ...]) -> AdaptiveOu
         mean_depth=mean_depth(stages, job.exits.layers, job.stack.executor.layers),
         certified=certificate is not None and certificate.holds and not mismatches,
         mismatches=mismatches,
+        certificate=_voided(certificate, mismatches),
     )
+
+
+def _voided(certificate: Certificate | None, mismatches: tuple[str, ...]) -> Certificate | None:
+    """Return the certificate, or outside its conditions one that says it no longer holds."""
+    if certificate is None or not mismatches:
+        return certificate
+    notes = tuple(f"It does not hold for this run: {mismatch}." for mismatch in mismatches)
+    return dataclasses.replace(certificate, holds=False, notes=(*certificate.notes, *notes))
 
 
 def mean_depth(stages: Tensor, exits: tuple[int, ...], layers: int) -> float:

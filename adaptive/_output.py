@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from adaptive.calibration import Certificate
+
 
 @dataclass
 class AdaptiveOutput(GenerateDecoderOnlyOutput):
@@ -30,6 +32,8 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
         Whether the run was inside what the policy's certificate promises.
     mismatches : tuple of str
         Why not, if it was not.
+    certificate : Certificate
+        The policy's certificate; outside its conditions, one that says it no longer holds.
     """
 
     exit_stages: torch.Tensor | None = None
@@ -38,3 +42,4 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
     mean_depth: float | None = None
     certified: bool | None = None
     mismatches: tuple[str, ...] | None = None
+    certificate: Certificate | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from adaptive.calibration import CertificateError, InvalidArgumentError
+from adaptive.calibration import CertificateError, InvalidArgumentError, minimum_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +90,12 @@ def calibrate(
     """Certify the cheapest stopping policy for a model on prompts of yours."""
     _check(risk, delta)
     items = read_prompts(prompts)
+    needed = minimum_units(risk, delta, loss_type="binary" if loss == "departure" else "bounded")
+    typer.echo(
+        f"This promise needs at least {needed} prompts in the test split alone; "
+        f"{len(items)} given in all.",
+        err=True,
+    )
     from adaptive._calibrate import calibrate as certify
     from adaptive._exits import get_exits
 

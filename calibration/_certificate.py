@@ -125,7 +125,7 @@ class Certificate:
             True if every visited column's log p-value is reproduced to 1e-6 relative, and the
             recorded decision follows from them.
         """
-        from adaptive.calibration._control import verify_certificate
+        from adaptive.calibration._verifying import verify_certificate
 
         return verify_certificate(self, losses, groups=groups)
 

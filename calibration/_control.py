@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,23 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptive.calibration._bet_tests import PredictableBets, TargetBets
 from adaptive.calibration._certificate import Certificate
-from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
+from adaptive.calibration._certifying import certificate_of
+from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._examination import Examiner, Settings
 from adaptive.calibration._losses import LossColumns, Losses, loss_columns
-from adaptive.calibration._methods import TESTS, choose_test
-from adaptive.calibration._planning import minimum_units
-from adaptive.calibration._procedures import AbstractProcedure, UpperBoundWalk, procedure_of
+from adaptive.calibration._procedures import AbstractProcedure, procedure_of
 from adaptive.calibration._risk_test import AbstractRiskTest
-from adaptive.calibration._sum_tests import ExactBinomial
-from adaptive.calibration._testing import Tested, mask_of
-from adaptive.calibration._validation import (
-    Rng,
-    as_generator,
-    check_probability,
-    group_codes,
-    require_at_least,
-)
+from adaptive.calibration._testing import mask_of
+from adaptive.calibration._validation import Rng, as_generator, check_probability, group_codes
 
 Progress = Callable[[int, float], None]
 
@@ -205,7 +195,7 @@ def control_risk(
         losses, risk=risk, bound=bound, loss_type=loss_type, n_columns=n_columns, name=loss
     )
     order_seed = int(as_generator(rng).integers(2**32))
-    settings = _Settings(
+    settings = Settings(
         delta=delta,
         method=method,
         procedure=procedure_of(procedure, starts=starts),
@@ -222,110 +212,13 @@ def control_risk(
     return _control(sources, settings, price, progress)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    delta: float
-    method: str | AbstractRiskTest
-    procedure: AbstractProcedure
-    order_seed: int
-    unit: str
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """What one visited column gave, one entry per loss."""
-
-    log_p: float
-    means: tuple[float, ...]
-    positive_means: tuple[float, ...]
-    digests: tuple[str, ...]
-
-
-class _Examiner:
-    """Reads columns as the procedure asks for them, orders their units, tests, remembers."""
-
-    def __init__(self, sources: tuple[LossColumns, ...], settings: _Settings) -> None:
-        self.sources, self.settings = sources, settings
-        self.visits: dict[int, _Visit] = {}
-        self.tests: tuple[AbstractRiskTest, ...] = ()
-        self.order: NDArray[np.intp] = np.empty(0, dtype=np.intp)
-
-    @property
-    def n_units(self) -> int:
-        return int(self.order.size)
-
-    @property
-    def by_bounds(self) -> bool:
-        return isinstance(self.settings.procedure, UpperBoundWalk)
-
-    def read(self, i: int, column: int) -> NDArray[Any]:
-        """Return one column [n_units, 1] of loss i, reordered by the seed if order matters."""
-        values = self.sources[i].column(column)
-        if not self.tests:
-            self._begin(values.size)
-        if values.size != self.n_units:
-            raise InvalidArgumentError(
-                "losses", f"{values.size} units in column {column}", f"{self.n_units} units in each"
-            )
-        test = self.tests[i]
-        if not isinstance(test, ExactBinomial):
-            values = values.astype(np.float64, copy=False)
-        losses: NDArray[Any] = values[:, None]
-        if values.dtype != np.bool_:
-            require_at_least(
-                "losses", losses, test.least, reason=f"{test.name} test", first_column=column
-            )
-        return losses[self.order] if test.ordered else losses
-
-    def visit(self, column: int) -> float:
-        """Return the log p-value of one column, the largest over the losses."""
-        aim = self.settings.procedure.aim(self.settings.delta, self.sources[0].n_columns)
-        parts = []
-        for i, source in enumerate(self.sources):
-            losses = self.read(i, column)
-            log_p = self.tests[i].log_p_values(
-                losses, risk=source.risk, delta=aim, bound=source.bound
-            )
-            mean = losses.mean()
-            signed = bool(losses.min() < 0.0)
-            positive = np.maximum(losses, 0.0).mean() if signed else mean
-            digest = f"{zlib.crc32(np.ascontiguousarray(losses).data):08x}"
-            parts.append((float(log_p[0]), float(mean), float(positive), digest))
-        log_ps, means, positives, digests = zip(*parts, strict=True)
-        self.visits[column] = _Visit(max(log_ps), means, positives, digests)
-        return self.visits[column].log_p
-
-    def upper_bounds(self, column: int) -> dict[str, float]:
-        """Return pointwise upper bounds of the losses of one column at confidence 1 - delta."""
-        bounds = {}
-        for i, (source, test) in enumerate(zip(self.sources, self.tests, strict=True)):
-            quick = isinstance(test, TargetBets) and not self.by_bounds
-            upper = (PredictableBets() if quick else test).upper_bounds(
-                self.read(i, column), delta=self.settings.delta, bound=source.bound
-            )
-            bounds[source.name] = float(upper[0])
-        return bounds
-
-    def _begin(self, n_units: int) -> None:
-        self.order = np.random.default_rng(self.settings.order_seed).permutation(n_units)
-        self.tests = tuple(
-            choose_test(
-                self.settings.method,
-                loss_type=source.test_type,
-                n_units=n_units,
-                fixed_level=self.settings.procedure.fixed_level,
-            )
-            for source in self.sources
-        )
-
-
 def _control(
     sources: tuple[LossColumns, ...],
-    settings: _Settings,
+    settings: Settings,
     price: NDArray[np.float64] | None,
     progress: Progress | None,
 ) -> RiskControlResult:
-    examiner = _Examiner(sources, settings)
+    examiner = Examiner(sources, settings)
 
     def evaluate(column: int) -> float:
         log_p = examiner.visit(column)
@@ -338,7 +231,7 @@ def _control(
     chosen = _cheapest(tested.rejected, price)
     wanted = tested.visited if examiner.by_bounds else tested.rejected[-1:]
     bounds = {j: examiner.upper_bounds(j) for j in wanted}
-    certificate = _certificate(examiner, tested, bounds, price)
+    certificate = certificate_of(examiner, tested, bounds, price)
     count = sources[0].n_columns
     certified = mask_of(tested.rejected, count)
     certified[0] = True
@@ -359,7 +252,7 @@ def _control(
 def _control_per_group(
     sources: tuple[LossColumns, ...],
     groups: ArrayLike,
-    settings: _Settings,
+    settings: Settings,
     price: NDArray[np.float64] | None,
     progress: Progress | None,
 ) -> RiskControlResult:
@@ -403,182 +296,6 @@ def _control_per_group(
         means=np.max([part.means for part in results], axis=0),
         certificate=certificate,
         groups=parts,
-    )
-
-
-def _certificate(
-    examiner: _Examiner,
-    tested: Tested,
-    bounds: Mapping[int, dict[str, float]],
-    price: NDArray[np.float64] | None,
-) -> Certificate:
-    sources, settings = examiner.sources, examiner.settings
-    index = tested.rejected[-1] if tested.rejected else None
-    names = [source.name for source in sources]
-    single = len(sources) == 1
-    visits = [examiner.visits[j] for j in tested.visited]
-    tests = tuple(dict.fromkeys(test.name for test in examiner.tests))
-    assumed = [
-        sentence
-        for source, test in zip(sources, examiner.tests, strict=True)
-        for sentence in test.assumptions(source.bound)
-    ]
-    evidence = {
-        "losses": [
-            {
-                "name": source.name,
-                "risk": source.risk,
-                "bound": source.bound,
-                "loss_type": source.loss_type,
-                "test": test.name,
-            }
-            for source, test in zip(sources, examiner.tests, strict=True)
-        ],
-        "n_columns": sources[0].n_columns,
-        "procedure": settings.procedure.to_dict(),
-        "columns": list(tested.visited),
-        "certified": list(tested.rejected),
-        "log_p_values": [visit.log_p for visit in visits],
-        "levels": [tested.levels[j] for j in tested.visited],
-        "means": {n: [visit.means[i] for visit in visits] for i, n in enumerate(names)},
-        "positive_part_means": {
-            n: [visit.positive_means[i] for visit in visits] for i, n in enumerate(names)
-        },
-        "upper_bound": None if index is None else bounds[index],
-    }
-    return Certificate(
-        holds=index is not None,
-        risk=sources[0].risk if single else {source.name: source.risk for source in sources},
-        delta=settings.delta,
-        loss=" and ".join(names),
-        unit=settings.unit,
-        method=" and ".join(tests),
-        procedure=settings.procedure.name,
-        n=examiner.n_units,
-        index=index,
-        cost=None if index is None or price is None else float(price[index]),
-        evidence=evidence,
-        bound=sources[0].bound if single else {source.name: source.bound for source in sources},
-        assumptions=tuple(dict.fromkeys(assumed)),
-        split={"order_seed": settings.order_seed, "n_test": examiner.n_units},
-        fingerprints={"losses": {str(j): list(examiner.visits[j].digests) for j in tested.visited}},
-        notes=_notes(examiner, tested, index),
-    )
-
-
-def _notes(examiner: _Examiner, tested: Tested, index: int | None) -> tuple[str, ...]:
-    notes = []
-    for i, (source, test) in enumerate(zip(examiner.sources, examiner.tests, strict=True)):
-        if test.asymptotic:
-            notes.append(f"The {test.name} test is asymptotic: no finite-sample guarantee.")
-        if source.codes is not None:
-            notes.append("The unit is the cluster: its loss is the mean over its members.")
-        if index is None:
-            notes.append(_why_not(examiner, tested, i))
-        elif examiner.visits[index].positive_means[i] > examiner.visits[index].means[i]:
-            notes.append(
-                f"Negative values of {source.name} offset positive ones; the mean of the "
-                f"positive part at column {index} was "
-                f"{examiner.visits[index].positive_means[i]:.6g}."
-            )
-    return tuple(notes)
-
-
-def _why_not(examiner: _Examiner, tested: Tested, i: int) -> str:
-    source, test, n = examiner.sources[i], examiner.tests[i], examiner.n_units
-    if test.asymptotic:
-        return f"The {test.name} test was not passed by column {tested.visited[0]}, the first."
-    level = max(tested.levels.values())
-    least = minimum_units(
-        source.risk, level, method=test, loss_type=source.test_type, bound=source.bound
-    )
-    if n < least:
-        return (
-            f"{n} {examiner.settings.unit}s are too few: with zero {source.name} on all of them "
-            f"this test needs {least}."
-        )
-    first = tested.visited[0]
-    mean = examiner.visits[first].means[i]
-    if mean >= source.risk:
-        return f"Column {first}, the first tested, has mean {source.name} {mean:.6g} itself."
-    return (
-        f"Column {first}, the first tested, has mean {source.name} {mean:.6g}: below the promise, "
-        f"but the evidence is too weak (p = {math.exp(examiner.visits[first].log_p):.3g}); "
-        f"see `plan_units` for how many {examiner.settings.unit}s would do."
-    )
-
-
-def verify_certificate(
-    certificate: Certificate, losses: Losses, *, groups: ArrayLike | None
-) -> bool:
-    """Return whether the losses reproduce the certificate's evidence and decision.
-
-    Raises
-    ------
-    UnsupportedError
-        If the certificate names a test that this library does not have.
-    """
-    if "groups" in certificate.evidence:
-        return _verify_groups(certificate, losses, groups)
-    sources = _recorded_sources(certificate, losses)
-    if groups is not None:
-        sources = tuple(source.cluster(groups) for source in sources)
-    return _verify_one(certificate, sources)
-
-
-def _verify_groups(certificate: Certificate, losses: Losses, groups: ArrayLike | None) -> bool:
-    if groups is None:
-        raise InvalidArgumentError("groups", None, "given: the certificate is per group")
-    labels = np.asarray(groups)
-    codes, names = group_codes(labels, labels.size)
-    recorded = certificate.evidence["groups"]
-    if {str(name) for name in names} != set(recorded):
-        return False
-    parts = {name: Certificate.from_dict(values) for name, values in recorded.items()}
-    agreed = all(
-        _verify_one(part, tuple(s.within(codes == g) for s in _recorded_sources(part, losses)))
-        for g, part in enumerate(parts[str(name)] for name in names)
-    )
-    shared = set.intersection(*(set(part.evidence["certified"]) for part in parts.values()))
-    return agreed and certificate.index == (max(shared) if shared else None)
-
-
-def _recorded_sources(certificate: Certificate, losses: Losses) -> tuple[LossColumns, ...]:
-    recorded = certificate.evidence["losses"]
-    facts = {
-        key: {entry["name"]: entry[key] for entry in recorded}
-        for key in ("risk", "bound", "loss_type")
-    }
-    table = losses if isinstance(losses, Mapping) else {recorded[0]["name"]: losses}
-    count = certificate.evidence["n_columns"]
-    return loss_columns(table, n_columns=count, name="", **facts)
-
-
-def _verify_one(certificate: Certificate, sources: tuple[LossColumns, ...]) -> bool:
-    evidence = certificate.evidence
-    known = {test.name: test for test in TESTS}
-    missing = [e["test"] for e in evidence["losses"] if e["test"] not in known]
-    if missing:
-        raise UnsupportedError(f"cannot verify: this library has no test named {missing[0]!r}")
-    settings = _Settings(
-        delta=certificate.delta,
-        method="auto",
-        procedure=procedure_of(certificate.procedure, **evidence["procedure"]),
-        order_seed=certificate.split["order_seed"],
-        unit=certificate.unit,
-    )
-    examiner = _Examiner(sources, settings)
-    examiner.tests = tuple(known[entry["test"]]() for entry in evidence["losses"])
-    examiner.order = np.random.default_rng(settings.order_seed).permutation(certificate.n)
-    again = settings.procedure.run(
-        examiner.visit, n_columns=sources[0].n_columns, delta=settings.delta
-    )
-    if list(again.visited) != evidence["columns"] or list(again.rejected) != evidence["certified"]:
-        return False
-    found = [examiner.visits[j].log_p for j in again.visited]
-    index = again.rejected[-1] if again.rejected else None
-    return bool(np.allclose(found, evidence["log_p_values"], rtol=1e-6, atol=1e-9)) and (
-        certificate.index == index and certificate.holds == (index is not None)
     )
 
 

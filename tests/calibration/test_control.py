@@ -280,3 +280,15 @@ def test_progress_is_told_of_every_visited_column():
     )
     assert [j for j, _ in seen] == list(result.visited)
     assert [p for _, p in seen] == [result.log_p_values[j] for j in result.visited]
+
+
+@pytest.mark.parametrize("loss_type", ["binary", "bounded"])
+def test_weak_evidence_says_how_many_units_would_do(loss_type):
+    losses = np.zeros((200, 2))
+    losses[:7, 1] = 1.0
+    text = control_risk(losses, risk=0.05, loss_type=loss_type).certificate.statement()
+    said = int(text.split("About ")[1].split()[0])
+    assert "evidence is too weak" in text
+    assert 200 < said < 2000
+    more = np.tile(losses, (said // 200 + 2, 1))
+    assert control_risk(more, risk=0.05, loss_type=loss_type).index == 1

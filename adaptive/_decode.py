@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList
 from adaptive._choose import Chooser
 from adaptive._exits import Exits
 from adaptive._stack import AbstractStack, ExactStack
-from adaptive.policies import Policy, State, keyed_noise
+from adaptive.policies import Features, Policy, State, keyed_noise
 
 _LABEL_CHUNK = 32
 
@@ -158,6 +158,44 @@ def decode(job: Job) -> Record:
     return record
 
 
+class _Way:
+    """Where the newest token of every row has stopped so far, and what it is read from there."""
+
+    def __init__(self, hidden: Tensor, active: Tensor, exits: Exits) -> None:
+        batch, device = hidden.shape[0], hidden.device
+        self.exits = exits
+        self.running = active
+        self.stages = torch.full((batch,), len(exits.layers), device=device)
+        self.scores = torch.full((batch,), float("nan"), device=device)
+        self.states = hidden[:, 0]
+        self.logits: Tensor | None = None
+
+    def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> bool:
+        """Take an exit's decision; return whether every row has stopped. Reads one flag."""
+        exit = features.stage
+        if here.shape[0] == 1:  # the one row is running, or nobody would have asked
+            self.scores = score.float()
+            if not bool(stop):
+                return False
+            self.stages = torch.full_like(self.stages, exit)
+            self.states, self.logits = self.exits.translate(exit, here), features.logits
+            return True
+        stop = stop & self.running
+        self.scores = torch.where(self.running, score.float(), self.scores)
+        self.stages = torch.where(stop, exit, self.stages)
+        self.states = torch.where(stop[:, None], self.exits.translate(exit, here), self.states)
+        if features.logits is not None:
+            known = features.logits if self.logits is None else self.logits
+            self.logits = torch.where(stop[:, None], features.logits, known)
+        self.running = self.running & ~stop
+        return not bool(self.running.any())
+
+    def finish(self, hidden: Tensor) -> None:
+        """Read the rows that never stopped off the last layer's output."""
+        self.states = torch.where(self.running[:, None], hidden[:, 0], self.states)
+        self.logits = None
+
+
 def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, State]:
     """Take the newest token of every row as deep as the policy wants.
 
@@ -166,52 +204,37 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
     """
     slot = record.length - 1
     stack, exits, policy = job.stack, job.exits, job.policy
+    readout = stack.executor.readout
     hidden = stack.first(record.ids[:, slot], slot)
     batch = hidden.shape[0]
-    position = torch.full((batch,), record.generated, dtype=torch.int64, device=hidden.device)
+    position = torch.full((batch,), record.generated, device=hidden.device)
     if job.resumed is not None:
         position = position + job.resumed
     noise = None
     if "noise" in policy.needs:
         noise = keyed_noise(job.keys, position, seed=job.seed)
-    running = active
-    stages = torch.full_like(position, len(exits.layers))
-    exit_scores = torch.full((batch,), float("nan"), device=hidden.device)
-    states = hidden[:, 0]
-    ready: Tensor | None = None
+    way = _Way(hidden, active, exits)
     previous: Tensor | None = None
     for segment in range(1, stack.segments):
         exit = segment - 1
         if exit in policy.stages:
             here = hidden[:, 0]
             features = exits.features(
-                policy.needs,
-                exit,
-                here,
-                previous=previous,
-                position=position,
-                readout=stack.executor.readout,
+                policy.needs, exit, here, previous=previous, position=position, readout=readout
             )
-            features = replace(features, running=running, noise=noise)
+            if noise is not None or batch > 1:
+                running = way.running if batch > 1 else None
+                features = replace(features, noise=noise, running=running)
             stop, score, state = policy.update(features, state)
-            stop = stop & running
-            exit_scores = torch.where(running, score.float(), exit_scores)
-            stages = torch.where(stop, exit, stages)
-            states = torch.where(stop[:, None], exits.translate(exit, here), states)
-            if features.logits is not None:
-                known = features.logits if ready is None else ready
-                ready = torch.where(stop[:, None], features.logits, known)
-            running = running & ~stop
-            previous = here
-            if not bool(running.any()):
+            if way.decide(features, here, stop, score):
                 stack.stop(segment, hidden)
                 break
-        hidden = stack.deepen(segment, hidden, slot, running=running)
+            previous = here
+        hidden = stack.deepen(segment, hidden, slot, running=way.running)
     else:
-        ready = None
-        states = torch.where(running[:, None], hidden[:, 0], states)
-    logits = stack.executor.readout(states) if ready is None else ready
-    return Step(stages, exit_scores, logits), policy.advance(state)
+        way.finish(hidden)
+    logits = readout(way.states) if way.logits is None else way.logits
+    return Step(way.stages, way.scores, logits), policy.advance(state)
 
 
 def first_token(job: Job, record: Record) -> bool:

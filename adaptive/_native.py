@@ -18,29 +18,33 @@ from adaptive._families import Readout, family_of, layers_of
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 #: Above this many queries the group of a key head is not folded into the query rows.
 _FOLD_LIMIT = 64
+#: Up to this many pending tokens their product with the stacked weights is formed transposed.
+_THIN = 6
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of one layer; ``gate_up`` aliases the model's own two matrices."""
+    """Parameters of one layer; ``mixed`` and ``gate_up`` alias the model's own matrices."""
 
     attention_norm: Tensor
-    query: nn.Linear
+    mixed: Tensor
+    mixed_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    output: nn.Linear
+    output: Tensor
+    output_bias: Tensor | None
     feedforward_norm: Tensor
     gate_up: Tensor
-    down: nn.Linear
+    down: Tensor
 
 
 class NativeExecutor(AbstractExecutor):
     """Preallocated keys and values, fused projections, one stacked product for skipped layers.
 
-    The key and value matrices of all layers live in one tensor ``[layers, 2 * width_kv, width]``,
-    gate and up projection of a layer in another, and so do the norms' gains; the model's own
-    parameters become views of them, same values, no second copy. So training or loading in place
-    is seen here, and memory stays the model's own.
+    The query, key and value matrices of all layers live in one tensor, gate and up projection of
+    a layer in another, and so do the norms' gains; the model's own parameters become views of
+    them, same values, no second copy. So training or loading in place is seen here, and memory
+    stays the model's own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -59,11 +63,17 @@ class NativeExecutor(AbstractExecutor):
         self.window = _window(model)
         self._embedding = model.get_input_embeddings()
         self._rotary = model.model.rotary_emb
-        self._kv, self._kv_bias = _stack_keys_values(modules)
+        mixed, mixed_bias = _stack_projections(modules)
+        queries = self.heads * self.head_width
+        self._kv = mixed[:, queries:]
+        self._kv_bias = None if mixed_bias is None else mixed_bias[:, queries:]
         self._gains = _stack([[module.input_layernorm.weight] for module in modules])
         norms: list[Any] = [getattr(module.self_attn, "k_norm", None) for module in modules]
         self._key_gains = None if norms[0] is None else _stack([[norm.weight] for norm in norms])
-        self._blocks = [_block(module) for module in modules]
+        self._blocks = [
+            _block(module, mixed[index], None if mixed_bias is None else mixed_bias[index])
+            for index, module in enumerate(modules)
+        ]
         self._addresses = _addresses(modules)
         self._modules = modules
 
@@ -119,10 +129,14 @@ class NativeExecutor(AbstractExecutor):
         stop = start + count
         normed = F.rms_norm(hidden, (width,), None, self.eps).reshape(1, batch * count, width)
         normed = normed * self._gains[low:high, None]
-        both = torch.bmm(normed, self._kv[low:high].transpose(1, 2))
+        weights = self._kv[low:high]
+        if batch * count <= _THIN:
+            both = torch.bmm(weights, normed.transpose(1, 2)).transpose(1, 2)
+        else:
+            both = torch.bmm(normed, weights.transpose(1, 2))
         if self._kv_bias is not None:
             both = both + self._kv_bias[low:high, None]
-        both = both.view(high - low, batch, count, 2, self.kv_heads, self.head_width)
+        both = both.reshape(high - low, batch, count, 2, self.kv_heads, self.head_width)
         keys = both[:, :, :, 0]
         if self._key_gains is not None:
             keys = F.rms_norm(keys, (self.head_width,), None, self.eps)
@@ -182,23 +196,22 @@ class NativeExecutor(AbstractExecutor):
         block = self._blocks[index]
         batch, count, width = hidden.shape
         normed = F.rms_norm(hidden, (width,), block.attention_norm, self.eps)
-        query = F.linear(normed, block.query.weight, block.query.bias)
-        query = query.view(batch, count, self.heads, self.head_width)
-        bias = None if self._kv_bias is None else self._kv_bias[index]
-        both = F.linear(normed, self._kv[index], bias).view(
-            batch, count, 2, self.kv_heads, self.head_width
-        )
-        key, value = both[:, :, 0], both[:, :, 1]
+        mixed = F.linear(normed, block.mixed, block.mixed_bias)
+        mixed = mixed.view(batch, count, -1, self.head_width)
+        heads, rotated = self.heads, self.heads + self.kv_heads
+        turned = mixed[:, :, :rotated]
         if block.query_norm is not None:
-            query = F.rms_norm(query, (self.head_width,), block.query_norm, self.eps)
-            key = F.rms_norm(key, (self.head_width,), block.key_norm, self.eps)
-        self._keys[index, :, :, start:stop] = _rotate(key.transpose(1, 2), cos, sin)
-        self._values[index, :, :, start:stop] = value.transpose(1, 2)
-        attended = self._attend(index, _rotate(query.transpose(1, 2), cos, sin), stop, mask, causal)
-        hidden = hidden + F.linear(attended, block.output.weight, block.output.bias)
+            query = F.rms_norm(mixed[:, :, :heads], (self.head_width,), block.query_norm, self.eps)
+            key = F.rms_norm(turned[:, :, heads:], (self.head_width,), block.key_norm, self.eps)
+            turned = torch.cat((query, key), dim=2)
+        turned = _rotate(turned.transpose(1, 2), cos, sin)
+        self._keys[index, :, :, start:stop] = turned[:, heads:]
+        self._values[index, :, :, start:stop] = mixed[:, :, rotated:].transpose(1, 2)
+        attended = self._attend(index, turned[:, :heads], stop, mask, causal)
+        hidden = hidden + F.linear(attended, block.output, block.output_bias)
         normed = F.rms_norm(hidden, (width,), block.feedforward_norm, self.eps)
         gate, up = F.linear(normed, block.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, block.down.weight)
+        return hidden + F.linear(F.silu(gate) * up, block.down)
 
     def _attend(
         self, index: int, query: Tensor, stop: int, mask: Tensor | None, causal: bool
@@ -295,29 +308,33 @@ def _stack(layers: list[list[nn.Parameter]]) -> Tensor:
     return stacked
 
 
-def _stack_keys_values(modules: list[Any]) -> tuple[Tensor, Tensor | None]:
-    """Key and value weights of all layers, ``[layers, 2 * kv width, width]``, and their biases."""
-    pairs = [(module.self_attn.k_proj, module.self_attn.v_proj) for module in modules]
-    weights = _stack([[key.weight, value.weight] for key, value in pairs])
-    if pairs[0][0].bias is None:
+def _stack_projections(modules: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """Query, key and value weights of all layers, ``[layers, rows, width]``, and their biases."""
+    linears = [
+        (attention.q_proj, attention.k_proj, attention.v_proj)
+        for attention in (module.self_attn for module in modules)
+    ]
+    weights = _stack([[linear.weight for linear in three] for three in linears])
+    if linears[0][0].bias is None:
         return weights, None
-    return weights, _stack([[key.bias, value.bias] for key, value in pairs])
+    return weights, _stack([[linear.bias for linear in three] for three in linears])
 
 
-def _block(module: Any) -> _Layer:
+def _block(module: Any, mixed: Tensor, mixed_bias: Tensor | None) -> _Layer:
     attention, feedforward = module.self_attn, module.mlp
-    gate, up = feedforward.gate_proj, feedforward.up_proj
     query_norm = getattr(attention, "q_norm", None)
     key_norm = getattr(attention, "k_norm", None)
     return _Layer(
         attention_norm=module.input_layernorm.weight,
-        query=attention.q_proj,
+        mixed=mixed,
+        mixed_bias=mixed_bias,
         query_norm=None if query_norm is None else query_norm.weight,
         key_norm=None if key_norm is None else key_norm.weight,
-        output=attention.o_proj,
+        output=attention.o_proj.weight,
+        output_bias=attention.o_proj.bias,
         feedforward_norm=module.post_attention_layernorm.weight,
-        gate_up=_packed([gate.weight, up.weight]),
-        down=feedforward.down_proj,
+        gate_up=_packed([feedforward.gate_proj.weight, feedforward.up_proj.weight]),
+        down=feedforward.down_proj.weight,
     )
 
 

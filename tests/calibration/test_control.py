@@ -10,6 +10,7 @@ from adaptive.calibration import (
     CertificateError,
     InvalidArgumentError,
     InvalidTypeError,
+    UnsupportedError,
     control_risk,
     minimum_units,
     plan_units,
@@ -292,3 +293,41 @@ def test_weak_evidence_says_how_many_units_would_do(loss_type):
     assert 200 < said < 2000
     more = np.tile(losses, (said // 200 + 2, 1))
     assert control_risk(more, risk=0.05, loss_type=loss_type).index == 1
+
+
+def test_verification_names_what_it_cannot_do():
+    losses = bernoulli()
+    result = control_risk(losses, risk=0.05)
+    values = result.certificate.to_dict()
+    values["evidence"]["losses"][0]["test"] = "of the future"
+    with pytest.raises(UnsupportedError, match="no test named 'of the future'"):
+        Certificate.from_dict(values).verify(losses)
+    with pytest.raises(InvalidArgumentError, match=f"{len(losses)} units in each"):
+        result.certificate.verify(losses[:-1])
+    groups = np.arange(len(losses)) % 2
+    joint = control_risk(losses, risk=0.05, groups=groups, per_group=True)
+    with pytest.raises(InvalidArgumentError, match="the certificate is per group"):
+        joint.certificate.verify(losses)
+    assert not joint.certificate.verify(losses, groups=groups + 5)
+
+
+def test_a_changed_decision_is_not_verified():
+    losses = bernoulli()
+    values = control_risk(losses, risk=0.05, loss_type="binary").certificate.to_dict()
+    values["index"] = 3
+    assert not Certificate.from_dict(values).verify(losses)
+
+
+def test_mappings_of_callables_are_read_lazily():
+    a, b = bernoulli(), bernoulli(seed=9)
+    table = {"a": a, "b": b}
+    lazy = {name: (lambda j, part=part: part[:, j]) for name, part in table.items()}
+    eager = control_risk(table, risk=0.05, loss_type="binary")
+    result = control_risk(lazy, risk=0.05, loss_type="binary", n_columns=5)
+    np.testing.assert_array_equal(result.log_p_values, eager.log_p_values)
+    with pytest.raises(InvalidArgumentError, match="given for each of"):
+        control_risk(table, risk={"a": 0.05})
+    with pytest.raises(InvalidArgumentError, match="same number of columns"):
+        control_risk({"a": a, "b": b[:, :3]}, risk=0.05)
+    with pytest.raises(InvalidTypeError, match="a single value for a single loss"):
+        control_risk(a, risk={"a": 0.05})

@@ -103,5 +103,9 @@ def _moments(
     if not signed:
         require_at_least("losses", matrix, 0.0, reason="the inequality needs a lower bound")
     n = matrix.shape[0]
-    spread = matrix.std(axis=0, ddof=1) if n > 1 else np.zeros(matrix.shape[1])
+    if n > 1:  # equal values have no spread; their rounded mean must not give them one
+        varied = matrix.min(axis=0) < matrix.max(axis=0)
+        spread = np.where(varied, matrix.std(axis=0, ddof=1), 0.0)
+    else:
+        spread = np.zeros(matrix.shape[1])
     return matrix.mean(axis=0) / upper, spread / upper, n, upper

@@ -36,7 +36,7 @@ class ReliabilityCurve:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: mean distance of observed and predicted, weighted by counts."""
+        """Expected calibration error: mean distance of observed and predicted, by counts."""
         return float(np.average(np.abs(self.observed - self.predicted), weights=self.counts))
 
     def intervals(self, *, delta: float = 0.05) -> tuple[Array, Array]:

@@ -23,7 +23,9 @@ _SHIPPED = Path(__file__).parent.parent / "adaptive" / "shipped"
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the model; exits are written there.")] = _SHIPPED,
+    model: Annotated[
+        Path, typer.Option(help="Directory of the model; exits are written there.")
+    ] = _SHIPPED,
     prompts: Annotated[int, typer.Option(help="Functions of training modules.")] = 600,
     layers: Annotated[str, typer.Option(help="Layer counts below the exits.")] = "3,6,9",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,

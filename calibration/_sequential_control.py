@@ -316,12 +316,12 @@ class _ColumnTest:
             raise InvalidArgumentError(
                 "draw", f"shape {losses.shape} for column {column}", f"of shape ({last - first},)"
             )
-        place = f"{losses} at column {column}, units {first}..{last - 1}"
-        if not np.isfinite(losses).all():
-            raise InvalidArgumentError("draw", place, "finite losses")
-        if losses.min() < self.least or losses.max() > self.safe.bound:
-            limits = f"in [{self.least:g}, {self.safe.bound:g}]"
-            raise InvalidArgumentError("draw", place, f"losses {limits}")
+        wrong = ~((losses >= self.least) & (losses <= self.safe.bound))
+        if wrong.any():
+            unit = int(np.argmax(wrong))
+            place = f"{losses[unit]:.17g} at column {column}, unit {first + unit}"
+            limits = f"finite losses in [{self.least:g}, {self.safe.bound:g}]"
+            raise InvalidArgumentError("draw", place, limits)
         return losses
 
 

@@ -504,7 +504,7 @@ python scripts/train_shipped_model.py export adaptive/shipped
 
 {steps_done} steps, {tokens:.1f} million tokens, {hours} hours on two busy CPU cores with Python
 {python} and torch {torch}. Text: the interpreter's own standard library without the held-out
-modules{tests}; an epoch would be {stream:.1f} million tokens, non-test sources counted twice.
+modules, {tests}; an epoch would be {stream:.1f} million tokens, non-test sources counted twice.
 Blocks of {block} tokens: beyond that position the model is untrained, though the configuration
 admits {positions}.
 
@@ -573,7 +573,7 @@ def card(record: dict[str, Any], *, config: LlamaConfig, size: int) -> str:
             for name in ("steps", "first_steps", "seed", "decay_share")
         ),
         tokens=Recipe(**recipe).blocks(record["diary"]["steps_done"], rank=0).start * BLOCK / 1e6,
-        tests=" and the `test` package" if recipe["tests"] else ", without the `test` package",
+        tests="test suites included" if recipe["tests"] else "without test suites",
         stream=record["stream_tokens"] / 1e6,
         exit_weight=recipe["exit_weight"],
         held_out_modules=record["held_out_modules"],

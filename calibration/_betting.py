@@ -37,6 +37,7 @@ Array = NDArray[np.float64]
 _AGRAPA_CAP = 0.75
 _GRID = 1000
 _LEAST = 1e-12
+_BLOCK = 2_000_000
 
 
 def wsr_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float = 1.0) -> Array:
@@ -162,7 +163,12 @@ def agrapa_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -
     a grid point is a test of every mean between it and the next one.
     """
     check_probability("delta", delta)
-    return grid_upper_bound(*scale_losses(losses, bound), delta, _agrapa_peak)
+
+    def peak(column: Array, levels: Array) -> Array:
+        blocks = np.array_split(levels, max(1, column.size * levels.size // _BLOCK))
+        return np.concatenate([_agrapa_peak(column, block) for block in blocks])
+
+    return grid_upper_bound(*scale_losses(losses, bound), delta, peak)
 
 
 def star_upper_bound(

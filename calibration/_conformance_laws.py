@@ -133,5 +133,5 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("not monotone", (0.0, 0.3, 1.05, 0.2, 1.5, 0.1, 1.05), _B),
     Scenario("rare large losses", (0.0, 1.0 + 1e-6, 1.3), _RARE),
     Scenario("gains pay for harm", (0.0, 1.0 + 1e-6, 1.3), _GAIN),
-    Scenario("tokens share their fate", (0.0, 1.0 + 1e-6, 1.3), _B, tokens=30),
+    Scenario("tokens share their fate", (0.0, 1.0 + 1e-6, 1.3), _B, tokens=15),
 )

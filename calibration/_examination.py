@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive.calibration._bet_tests import PredictableBets, TargetBets
+from adaptive.calibration._bet_tests import GrowthBets, PredictableBets, TargetBets
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._losses import LossColumns
 from adaptive.calibration._methods import choose_test
@@ -102,7 +102,7 @@ class Examiner:
         """Return pointwise upper bounds of the losses of one column at confidence 1 - delta."""
         bounds = {}
         for i, (source, test) in enumerate(zip(self.sources, self.tests, strict=True)):
-            quick = isinstance(test, TargetBets) and not self.by_bounds
+            quick = isinstance(test, TargetBets | GrowthBets) and not self.by_bounds
             upper = (PredictableBets() if quick else test).upper_bounds(
                 self.read(i, column), delta=self.settings.delta, bound=source.bound
             )

@@ -180,7 +180,7 @@ def invert_log_p(log_p: LogP, low: Array, delta: float) -> Array:
     target = math.log(delta)
     low = np.maximum(low, 1e-300)
     high = np.ones_like(low)
-    for _ in range(60):
+    for _ in range(48):
         middle = np.clip(0.5 * (low + high), None, np.nextafter(1.0, 0.0))
         passed = log_p(middle) <= target
         high = np.where(passed, middle, high)

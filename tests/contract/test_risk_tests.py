@@ -14,6 +14,7 @@ from adaptive.calibration import (
     InvalidArgumentError,
     LossHistogram,
     TargetBets,
+    agrapa_upper_bound,
     binomial_log_p,
     binomial_upper_bound,
     control_risk,
@@ -237,3 +238,8 @@ def test_an_own_test_can_be_given():
 def test_refusals(call, text):
     with pytest.raises(InvalidArgumentError, match=text):
         call()
+
+
+def test_bounds_on_a_grid_do_not_grow_with_the_sample():
+    losses = (np.random.default_rng(0).random((5000, 1)) < 0.05).astype(float)
+    assert 0.05 < agrapa_upper_bound(losses, delta=0.1)[0] < 0.07

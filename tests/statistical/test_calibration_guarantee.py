@@ -80,7 +80,7 @@ def test_default_calibration_keeps_its_promise(scenario, setting):
     ids=lambda scenario: scenario.name,
 )
 def test_bets_keep_the_promise_on_binary_losses_too(scenario):
-    assert keeps_the_promise(bets_control, scenario, SETTINGS[0], 1000)
+    assert keeps_the_promise(bets_control, scenario, SETTINGS[0], 500)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_other_procedures_keep_the_promise(settings):
 
     scenarios = [BY_NAME["flat path just above the promise"], BY_NAME["not monotone"]]
     report = check_control(
-        control, scenarios=scenarios, settings=SETTINGS[:1], replicates=500, rng=3
+        control, scenarios=scenarios, settings=SETTINGS[:1], replicates=300, rng=3
     )
     assert report.passed, str(report)
 

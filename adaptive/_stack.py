@@ -86,7 +86,9 @@ class AbstractStack(abc.ABC):
 
     def _take(self, segment: int) -> Tensor | None:
         waiting, self.inbox[segment] = self.inbox[segment], []
-        return torch.cat(waiting, dim=1) if waiting else None
+        if len(waiting) < 2:
+            return waiting[0] if waiting else None
+        return torch.cat(waiting, dim=1)
 
 
 class ExactStack(AbstractStack):

@@ -526,13 +526,14 @@ agreement is with the last layer's choice. In brackets: standard errors, package
 |---|---|---|---|---|---|
 {rows}
 
-**Spread.** The brackets cover the choice of evaluation text only. {spread}
+**Spread.** The brackets cover the choice of evaluation text only.
+{spread}
 
 ## Limits
 
-It has read little, and writes text that looks like Python and rarely is correct. It is a subject
-for measurement, not a tool for writing code. The training text is the standard library's (PSF
-licence).
+It has read little: its text has the shape of Python and rarely its sense, and greedy text soon
+repeats itself. It is a subject for measurement, not a tool for writing code. The training text is
+the standard library's (PSF licence).
 """
 
 

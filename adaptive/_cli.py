@@ -36,7 +36,7 @@ def _start(
 
 @app.command()
 def demo(
-    risk: Annotated[float, typer.Option(help="Promised share of tokens that may differ.")] = 0.05,
+    risk: Annotated[float, typer.Option(help="Promised share of tokens that may differ.")] = 0.1,
     delta: Annotated[float, typer.Option(help="Probability that calibration is misled.")] = 0.05,
     units: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 360,
     fresh: Annotated[int, typer.Option(help="Fresh prompts to check on.")] = 160,
@@ -208,15 +208,17 @@ def read_prompts(path: Path) -> list[Any]:
     if not path.is_file():
         raise InvalidArgumentError("prompts", str(path), "an existing file")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # not `splitlines`, which also breaks at separators that a JSON text may hold
+        numbered = list(enumerate(path.read_text(encoding="utf-8").split("\n"), start=1))
     except UnicodeDecodeError as error:
         raise InvalidArgumentError("prompts", str(path), "text in UTF-8") from error
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
         raise InvalidArgumentError("prompts", str(path), "a file with at least one prompt")
     if path.suffix != ".jsonl":
-        return lines
+        return [line for _, line in lines]
     items = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
             items.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -228,12 +230,13 @@ def read_prompts(path: Path) -> list[Any]:
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer as any Hugging Face model is loaded."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidArgumentError(
             "model", name, f"a causal language model that can be loaded ({reason})"

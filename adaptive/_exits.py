@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -152,9 +152,8 @@ class Exits(nn.Module):
         config = {"schema": _SCHEMA, "layers": list(self.layers), "width": self.down.shape[-1]}
         config |= {"rank": self.rank, "record": asdict(self.record)}
         partial = folder / f".{_WEIGHTS}.partial"
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, partial
-        )
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        partial.write_bytes(save(tensors))  # with the user's own file mode
         partial.replace(folder / _WEIGHTS)
         partial = folder / f".{_CONFIG}.partial"
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -27,19 +27,20 @@ def main(
         Path, typer.Option(help="Directory of the model; exits are written there.")
     ] = _SHIPPED,
     prompts: Annotated[int, typer.Option(help="Functions of training modules.")] = 600,
-    layers: Annotated[str, typer.Option(help="Layer counts below the exits.")] = "3,6,9",
+    layers: Annotated[str, typer.Option(help="Layer counts below the exits.")] = "2,4,7",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
     """Train translators and probes, seeded, resumable, and save them."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [item.text for item in training_functions(prompts, rng=np.random.default_rng(seed))]
+    generator = np.random.default_rng(seed)
+    texts = [item.text for item in training_functions(prompts, rng=generator, maximum_lines=40)]
     progress = Path(tempfile.gettempdir()) / "adaptive-shipped-exits"
     exits = train_exits(
         loaded,
         texts,
         layers=[int(layer) for layer in layers.split(",")],
-        training=ExitTraining(new_tokens=48, batch_size=16, kept_vocabulary=512),
+        training=ExitTraining(rank=32, new_tokens=48, batch_size=16, kept_vocabulary=512),
         tokenizer=tokenizer,
         checkpoint=progress,
         rng=seed,

@@ -445,6 +445,45 @@ def test_packed_models_are_still_ordinary_models(name: str, tmp_path: Path) -> N
     assert torch.equal(ours.sequences, plain.sequences)
 
 
+class _Adapter(torch.nn.Module):
+    """A linear layer with a low-rank correction beside it, as adapters have."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.up(self.down(hidden))
+
+
+def test_layers_with_adapters_run_on_the_generic_tier() -> None:
+    model = helpers.tiny("llama")
+    assert isinstance(executor_for(model), NativeExecutor)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = _Adapter(layer.self_attn.v_proj)
+    assert isinstance(executor_for(model), GenericExecutor)
+    with pytest.raises(UnsupportedError, match="quantised or wrapped"):
+        executor_for(model, tier="native")
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask).sequences
+    for mode in MODES:
+        ours = _ours(model, ids, mask, policy=helpers.never(mode))
+        assert torch.equal(ours.sequences, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["native", "generic"])
+def test_compiled_models_give_the_same(tier: Any) -> None:
+    model = helpers.tiny("llama")
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask).sequences
+    model.compile(backend="eager")
+    ours = _ours(model, ids, mask, policy=helpers.never("exact"), tier=tier)
+    assert torch.equal(ours.sequences, plain)
+
+
 # -- families that are not there ------------------------------------------------------------------
 
 

@@ -192,12 +192,17 @@ def calibrate(
         raise InvalidArgumentError("members", members, "an integer >= 1")
     measured = unit_loss(loss, bound=bound, reduction=reduction)
     needed = minimum_units(risk, delta, **_test_of(measured, method))
-    generation.setdefault("do_sample", False)
+    given = getattr(generation.get("generation_config"), "do_sample", None)
+    generation.setdefault("do_sample", bool(given))
     deployment = Deployment(
         new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=int(rng)
     )
     if device is not None:
-        model.to(device)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InvalidArgumentError("device", device, f"a usable device ({reason})") from error
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
     settings = deployment.settings(model)
     split = _split(model, units, training=training, rng=int(rng), progress=progress)
@@ -326,15 +331,20 @@ def _parted(units: Units, share: float, rng: int) -> tuple[Units, Units]:
     """Part units at random, clusters kept together."""
     rows = np.arange(len(units))
     if units.groups is None:
-        first, second = next(
-            ShuffleSplit(n_splits=1, train_size=share, random_state=rng).split(rows)
-        )
+        splitter = ShuffleSplit(n_splits=1, train_size=_share(share, len(units)), random_state=rng)
+        first, second = next(splitter.split(rows))
     else:
-        if len(np.unique(units.groups)) < 2:
+        count = len(np.unique(units.groups))
+        if count < 2:
             raise InvalidArgumentError("groups", "a single cluster", "at least two clusters")
-        splitter = GroupShuffleSplit(n_splits=1, train_size=share, random_state=rng)
-        first, second = next(splitter.split(rows, groups=units.groups))
+        apart = GroupShuffleSplit(n_splits=1, train_size=_share(share, count), random_state=rng)
+        first, second = next(apart.split(rows, groups=units.groups))
     return units.select(first), units.select(second)
+
+
+def _share(share: float, count: int) -> int:
+    """Return a share of a count, at least one and not all."""
+    return min(max(1, int(share * count)), count - 1)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def collect_trace(
         If the model has no exits.
     """
     exits = require_exits(model)
-    generation.setdefault("do_sample", False)
+    given = getattr(generation.get("generation_config"), "do_sample", None)
+    generation.setdefault("do_sample", bool(given))
     deployment = Deployment(
         new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=rng
     )

@@ -1,0 +1,652 @@
+"""``calibrate`` end to end on a planted model: what is promised, on what evidence, and when not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import adaptive._calibrate as module
+from adaptive import (
+    CertificateMismatchError,
+    ExitTraining,
+    InvalidArgumentError,
+    Policy,
+    Trace,
+    UnsupportedError,
+    calibrate,
+    control_risk,
+    detach_exits,
+    generate,
+    get_exits,
+    minimum_units,
+)
+from adaptive._deployment import Deployment
+from adaptive._fingerprint import tokens_hash
+from adaptive._inputs import read_units
+from adaptive._output import AdaptiveOutput
+from adaptive._path import choose_path, token_losses
+from adaptive._runs import run_units
+from adaptive.calibration import DeltaLedger, InvalidTypeError
+from adaptive.calibration.conformance import violation_limit
+from adaptive.policies import AllRows, ProbeScore, Threshold
+
+NEW = 8
+RISK = 0.1
+LOSS = "share of tokens that differ from the full model's choice"
+
+
+def _cheaper(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarray:
+    """Measured seconds that fall along the path, so that tests do not depend on the clock."""
+    return np.array([1.0 - 0.01 * place for place in range(len(policies))])
+
+
+def _dearer(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarray:
+    """Measured seconds that say full depth is fastest, then the safest member."""
+    return np.array([1.0 + 0.01 * place for place in range(len(policies))])
+
+
+def _first_is_best(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarray:
+    return np.array([1.0, *(0.5 + 0.01 * place for place in range(len(policies) - 1))])
+
+
+@pytest.fixture(scope="module")
+def model(tools: SimpleNamespace, saved_planted: Path) -> Any:
+    return tools.reread(tools.model(), saved_planted)
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "seconds_per_token", _cheaper)
+
+
+@pytest.fixture(scope="module")
+def prompts(tools: SimpleNamespace) -> list[list[int]]:
+    found: list[list[int]] = tools.prompts(140, seed=3)
+    return found
+
+
+def run(model: Any, prompts: Any, risk: float = RISK, delta: float = 0.1, **settings: Any) -> Any:
+    defaults = {"new_tokens": NEW, "batch_size": 64, "members": 5, "mode": "exact"}
+    return calibrate(model, prompts, risk, delta, progress=False, **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def result(model: Any, prompts: list[list[int]]) -> SimpleNamespace:
+    """One calibration, with the losses its test read."""
+    seen: dict[int, np.ndarray] = {}
+
+    def watched(losses: Callable[[int], np.ndarray], **settings: Any) -> Any:
+        if not callable(losses):
+            return control_risk(losses, **settings)
+
+        def noted(column: int) -> np.ndarray:
+            seen[column] = losses(column)
+            return seen[column]
+
+        return control_risk(noted, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "seconds_per_token", _cheaper)
+        patch.setattr(module, "control_risk", watched)
+        policy = run(model, prompts)
+    return SimpleNamespace(policy=policy, certificate=policy.certificate, losses=seen)
+
+
+def _full(policy: Policy) -> bool:
+    """Whether a policy can never stop early."""
+    rule = policy.rule
+    assert isinstance(rule, Threshold)
+    return rule.threshold == math.inf
+
+
+# -- the certificate ------------------------------------------------------------------------------
+
+
+def test_the_certificate_is_complete(result: SimpleNamespace, model: Any) -> None:
+    certificate = result.certificate
+    assert certificate.holds
+    assert certificate.risk == RISK
+    assert certificate.delta == 0.1
+    assert certificate.loss == LOSS
+    assert certificate.unit == "prompt"
+    assert certificate.procedure == "fixed-sequence"
+    assert certificate.n == certificate.split["n_test"] == 98
+    assert certificate.bound == 1.0
+    assert certificate.assumptions
+    assert certificate.knob == result.policy.rule.threshold
+    assert certificate.cost is not None
+    assert set(certificate.fingerprints) >= {"model", "exits", "data"}
+    assert certificate.decoding["mode"] == "exact" == result.policy.mode
+    assert certificate.decoding["max_new_tokens"] == NEW
+    assert certificate.decoding["dtype"] == "float32"
+    assert certificate.decoding["sampling"] is False
+    assert set(certificate.versions) >= {"torch", "transformers", "numpy", "python"}
+    assert 0 < certificate.evidence["upper_bound"][LOSS] <= RISK
+    assert str(certificate).startswith("With probability at least 0.9 over the draw of the 98")
+
+
+def test_members_before_the_first_failure_are_certified(result: SimpleNamespace) -> None:
+    """The first failing member is seen and not returned; none behind it is ever run."""
+    evidence, index = result.certificate.evidence, result.certificate.index
+    columns, certified = evidence["columns"], evidence["certified"]
+    assert columns == list(range(1, len(columns) + 1))
+    assert certified == columns[:-1]
+    assert math.exp(evidence["log_p_values"][-1]) > 0.1
+    assert index in certified
+    assert sorted(result.losses) == columns
+    assert evidence["knobs"][index] == str(result.policy.rule.threshold)
+    assert evidence["knobs"][0] == "inf"
+    knobs = [float(knob) for knob in evidence["knobs"]]
+    assert knobs == sorted(knobs, reverse=True)
+
+
+def test_the_cheapest_certified_member_is_returned(
+    result: SimpleNamespace, model: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert result.certificate.index == result.certificate.evidence["certified"][-1]
+    monkeypatch.setattr(module, "seconds_per_token", _first_is_best)
+    policy = run(model, prompts)
+    certificate = policy.certificate
+    assert certificate.index == 1
+    assert certificate.cost == 0.5
+    assert policy.rule.threshold == float(certificate.evidence["knobs"][1])
+    mean = certificate.evidence["means"][LOSS][0]
+    bound = certificate.evidence["upper_bound"][LOSS]
+    assert mean <= bound <= RISK
+    assert bound <= result.certificate.evidence["upper_bound"][LOSS]
+
+
+def test_none_faster_means_full_depth(
+    model: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "seconds_per_token", _dearer)
+    policy = run(model, prompts)
+    assert _full(policy)
+    assert not policy.certificate.holds
+    assert policy.certificate.index is None
+    assert "none is faster than full depth" in policy.certificate.notes[-1]
+    assert policy.certificate.evidence["milliseconds_per_token"]["0"] == 1000.0
+
+
+def test_evidence_can_be_checked_against_the_losses(result: SimpleNamespace) -> None:
+    table = np.zeros((98, result.certificate.evidence["n_columns"]))
+    for column, losses in result.losses.items():
+        table[:, column] = losses
+    assert result.certificate.verify(table)
+    table[:, 1] = 0.0
+    assert not result.certificate.verify(table)
+
+
+def test_losses_are_those_of_real_runs(
+    result: SimpleNamespace, model: Any, prompts: list[list[int]]
+) -> None:
+    """The member again, by hand, on the recorded test units: same mean, same depth."""
+    certificate = result.certificate
+    units = read_units(prompts, model=model).distinct()
+    place = {name: i for i, name in enumerate(units.ids)}
+    test = units.select([place[name] for name in certificate.split["test_units"]])
+    runs = run_units(
+        model, test, result.policy, deployment=Deployment(NEW, batch_size=8), progress=False
+    )
+    losses = [run.disagreement for run in runs]
+    assert np.allclose(losses, result.losses[certificate.index])
+    at = certificate.evidence["columns"].index(certificate.index)
+    assert np.mean(losses) == pytest.approx(certificate.evidence["means"][LOSS][at])
+    depth = np.array([1, 2, 3, 4])[np.concatenate([run.stages[1:] for run in runs])].mean()
+    assert depth == pytest.approx(certificate.evidence["mean_depth"][str(certificate.index)])
+
+
+# -- the split ------------------------------------------------------------------------------------
+
+
+def test_fitting_and_testing_use_different_prompts(
+    result: SimpleNamespace, prompts: list[list[int]]
+) -> None:
+    split = result.certificate.split
+    fit, test = set(split["fit_units"]), set(split["test_units"])
+    assert not fit & test
+    assert fit | test == {tokens_hash(prompt) for prompt in prompts}
+    assert (split["n_fit"], split["n_test"]) == (42, 98)
+    assert split["seed"] == 0
+
+
+def test_prompts_that_shaped_the_exits_are_left_out(
+    model: Any, prompts: list[list[int]], tools: SimpleNamespace
+) -> None:
+    shaping = tools.prompts(96, seed=1)[:7]
+    exits = get_exits(model)
+    assert exits is not None
+    policy = run(model, [*shaping, *prompts[:30], *prompts[:4], shaping[0]])
+    split = policy.certificate.split
+    assert split["removed_because_they_shaped_the_exits"] == 7
+    assert split["removed_repetitions"] == 5
+    assert split["n_fit"] + split["n_test"] == 30
+    assert not set(exits.record.units) & {*split["fit_units"], *split["test_units"]}
+
+
+def test_nothing_left_is_an_error(model: Any, tools: SimpleNamespace) -> None:
+    with pytest.raises(InvalidArgumentError, match="distinct prompts that did not shape the exits"):
+        run(model, tools.prompts(96, seed=1)[:20])
+
+
+def test_exits_are_trained_where_there_are_none(tools: SimpleNamespace) -> None:
+    model = tools.model()
+    training = ExitTraining(rank=2, steps=3, new_tokens=4, slots=200, batch_size=32)
+    policy = run(model, tools.prompts(90, seed=4), training=training, members=2)
+    exits = get_exits(model)
+    assert exits is not None
+    assert exits.trained
+    split = policy.certificate.split
+    assert split["n_train_exits"] == len(exits.record.units) == 27
+    assert split["n_train_exits"] + split["n_fit"] + split["n_test"] == 90
+    assert not set(exits.record.units) & {*split["fit_units"], *split["test_units"]}
+    assert split["removed_because_they_shaped_the_exits"] == 0
+    detach_exits(model)
+
+
+def test_the_seed_decides(model: Any, prompts: list[list[int]]) -> None:
+    def told(rng: int) -> dict[str, Any]:
+        found: dict[str, Any] = run(model, prompts[:70], rng=rng, members=2).certificate.to_dict()
+        found.pop("created")
+        return found
+
+    first = told(3)
+    assert told(3) == first
+    assert told(4)["split"]["test_units"] != first["split"]["test_units"]
+
+
+# -- too little evidence --------------------------------------------------------------------------
+
+
+def test_too_few_prompts_give_full_depth_and_a_number(
+    model: Any, prompts: list[list[int]], tools: SimpleNamespace
+) -> None:
+    policy = run(model, prompts[:12])
+    certificate = policy.certificate
+    assert _full(policy)
+    assert not certificate.holds
+    assert certificate.index is None
+    needed = minimum_units(RISK, 0.1)
+    assert certificate.n == 9 < needed
+    assert f"at least {needed} in the test" in certificate.notes[0]
+    assert "Full computation is used" in str(certificate)
+    # and it runs: plain text, and no promise of speed
+    ids = torch.tensor(prompts[:1])
+    output = generate(
+        model,
+        ids,
+        policy=policy,
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, AdaptiveOutput)
+    plain = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+    )
+    assert torch.equal(output.sequences, plain)
+    assert output.certified is False
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_handful_of_prompts_is_no_error(model: Any, prompts: list[list[int]], count: int) -> None:
+    for groups in (None, list(range(count))):
+        policy = run(model, prompts[:count], groups=groups)
+        assert _full(policy)
+        assert "Too few units" in policy.certificate.notes[0]
+
+
+def test_the_number_of_prompts_named_is_enough(model: Any, tools: SimpleNamespace) -> None:
+    """As many prompts as the certificate asks for pass the first gate."""
+    needed = minimum_units(0.4, 0.2, loss_type="binary")
+    total = module._total_units(needed)
+    enough = run(model, tools.prompts(total, seed=77), 0.4, 0.2, loss="departure", members=1)
+    assert enough.certificate.split["n_test"] >= needed
+    assert not any("Too few" in note for note in enough.certificate.notes)
+
+
+def test_a_family_that_never_stops_early(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(
+        model,
+        prompts[:60],
+        policy=Policy(ProbeScore(), Threshold(warmup=1000), stages=(0,)),
+        mode=None,
+    )
+    assert _full(policy)
+    assert "No member" in policy.certificate.notes[0]
+
+
+# -- losses ---------------------------------------------------------------------------------------
+
+
+def test_departure_is_tested_with_the_exact_binomial(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(model, prompts, 0.35, loss="departure", members=3)
+    certificate = policy.certificate
+    assert certificate.holds
+    assert "binomial" in certificate.method
+    (means,) = certificate.evidence["means"].values()
+    for mean, log_p in zip(means, certificate.evidence["log_p_values"], strict=True):
+        wrong = round(mean * certificate.n)
+        assert log_p == pytest.approx(stats.binom.logcdf(wrong, certificate.n, 0.35))
+
+
+def test_any_is_departure(model: Any, prompts: list[list[int]]) -> None:
+    by_name = run(model, prompts[:60], 0.4, loss="departure", members=2)
+    by_reduction = run(model, prompts[:60], 0.4, reduction="any", members=2)
+    assert by_name.certificate.evidence == by_reduction.certificate.evidence
+
+
+def test_losses_of_the_user_may_be_negative(model: Any, prompts: list[list[int]]) -> None:
+    seen: list[tuple[Any, Any, Any]] = []
+
+    def taste(early: Any, full: Any, reference: Any) -> float:
+        seen.append((early, full, reference))
+        return -0.25 if early == full else 0.75
+
+    items = [{"input_ids": p, "continuation": [5, 6]} for p in prompts]
+    policy = run(model, items, loss=taste, bound=0.75, members=3)
+    certificate = policy.certificate
+    assert certificate.holds
+    assert certificate.loss == "taste loss"
+    assert certificate.bound == 0.75
+    assert min(certificate.evidence["means"]["taste loss"]) < 0
+    assert any("Negative values of taste loss offset positive ones" in n for n in certificate.notes)
+    assert seen[0][2] == (5, 6)
+
+
+def test_named_text_losses(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(model, prompts, 0.2, loss="rouge_l", members=2)
+    assert policy.certificate.loss == "rouge_l loss against the full model's text"
+    assert policy.certificate.evidence["columns"]
+
+
+# -- clusters -------------------------------------------------------------------------------------
+
+
+def test_clusters_are_the_unit(model: Any, prompts: list[list[int]]) -> None:
+    groups = np.arange(len(prompts)) // 2
+    policy = run(model, prompts, groups=groups, members=2)
+    certificate = policy.certificate
+    assert certificate.unit == "cluster"
+    assert certificate.n == certificate.split["n_test"] // 2 == 49
+    cluster = {tokens_hash(prompt): int(g) for prompt, g in zip(prompts, groups, strict=True)}
+    fit = {cluster[name] for name in certificate.split["fit_units"]}
+    test = {cluster[name] for name in certificate.split["test_units"]}
+    assert not fit & test
+    assert any("The unit is the cluster" in note for note in certificate.notes)
+
+
+def test_a_named_pool_makes_the_prompt_the_unit(model: Any, prompts: list[list[int]]) -> None:
+    groups = np.arange(len(prompts)) // 2
+    policy = run(model, prompts, groups=groups, pool="the stdlib of Python", members=2)
+    certificate = policy.certificate
+    assert certificate.unit == "prompt"
+    assert certificate.n == certificate.split["n_test"]
+    assert "drawn at random from the pool 'the stdlib of Python'" in str(certificate.assumptions)
+
+
+def test_few_clusters_are_few_units(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(model, prompts, groups=np.arange(len(prompts)) // 10)
+    assert not policy.certificate.holds
+    assert "Too few units: the test split has 10" in policy.certificate.notes[0]
+
+
+# -- modes ----------------------------------------------------------------------------------------
+
+
+def test_without_a_gain_the_default_says_so(
+    model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(module, "seconds_per_token", _dearer)
+    monkeypatch.setattr(module, "control_risk", None)  # nothing is tested
+    policy = run(model, prompts[:60], mode=None)
+    assert _full(policy)
+    assert policy.mode == "exact"
+    assert not policy.certificate.holds
+    assert "Pass mode='propagate'" in policy.certificate.notes[0]
+    assert "gains nothing on this machine" in caplog.text
+
+
+def test_with_a_gain_the_default_is_exact(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(model, prompts, mode=None, members=2)
+    assert policy.mode == "exact"
+    assert policy.certificate.decoding["mode"] == "exact"
+    assert policy.certificate.evidence["columns"]
+
+
+def test_propagate_is_labelled_by_the_full_model(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(model, prompts, 0.15, mode="propagate", members=3)
+    assert policy.mode == "propagate"
+    assert policy.certificate.decoding["mode"] == "propagate"
+    member = policy.member(0.7)
+    units = read_units(prompts[:8], model=model)
+    runs = run_units(model, units, member, deployment=Deployment(NEW), progress=False)
+    assert any((run.stages < 3).any() for run in runs)
+    for prompt, run_ in zip(units.prompts, runs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *run_.tokens[:-1]]])).logits[0]
+        choices = logits[len(prompt) - 1 :].argmax(-1).tolist()
+        expected = [int(a == b) for a, b in zip(choices, run_.tokens, strict=True)]
+        assert run_.agreement.tolist() == expected
+
+
+def test_verify_has_no_risk(model: Any, prompts: list[list[int]]) -> None:
+    with pytest.raises(UnsupportedError, match="`verify` mode has no risk to calibrate"):
+        run(model, prompts, mode="verify")
+    policy = Policy(ProbeScore(), Threshold(), stages=(0,), mode="verify")
+    with pytest.raises(UnsupportedError, match="`verify` mode has no risk to calibrate"):
+        run(model, prompts, policy=policy, mode=None)
+
+
+def test_rows_that_decide_together_are_refused(model: Any, prompts: list[list[int]]) -> None:
+    policy = Policy(ProbeScore(), AllRows(Threshold()), stages=(0,))
+    with pytest.raises(UnsupportedError, match="the batch would be the unit"):
+        run(model, prompts, policy=policy)
+
+
+# -- the policy in use ----------------------------------------------------------------------------
+
+
+def test_the_policy_runs_as_certified(
+    result: SimpleNamespace, model: Any, prompts: list[list[int]]
+) -> None:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    ids = torch.tensor(prompts[:1])
+    output = generate(model, ids, policy=result.policy, **settings)
+    assert isinstance(output, AdaptiveOutput)
+    assert output.certified
+    with pytest.raises(CertificateMismatchError, match="longer text: certified for at most 8"):
+        generate(model, ids, policy=result.policy, **(settings | {"max_new_tokens": NEW + 1}))
+    with pytest.raises(CertificateMismatchError, match="another sampling"):
+        generate(model, ids, policy=result.policy, **(settings | {"do_sample": True}))
+
+
+def test_a_saved_policy_keeps_its_certificate(
+    result: SimpleNamespace, model: Any, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    result.policy.save_pretrained(tmp_path)
+    again = Policy.from_pretrained(tmp_path)
+    assert again.certificate == result.certificate
+    assert again == result.policy
+    ids = torch.tensor(prompts[:1])
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    ours = generate(model, ids, policy=again, **settings)
+    assert torch.equal(ours, generate(model, ids, policy=result.policy, **settings))  # type: ignore[arg-type]
+
+
+def test_sampling_is_calibrated_as_deployed(model: Any, prompts: list[list[int]]) -> None:
+    policy = run(model, prompts, 0.3, members=2, do_sample=True, top_k=30, temperature=0.8)
+    decoding = policy.certificate.decoding
+    assert decoding["sampling"] is True
+    assert [p["type"] for p in decoding["processors"]] == [
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+    ]
+    ids = torch.tensor(prompts[:1])
+    settings = {"max_new_tokens": NEW, "do_sample": True, "top_k": 30, "temperature": 0.8}
+    generate(model, ids, policy=policy, **settings)
+    with pytest.raises(CertificateMismatchError, match="another processors"):
+        generate(model, ids, policy=policy, **(settings | {"top_k": 20}))
+
+
+def test_a_generation_config_that_samples_is_not_overruled(
+    model: Any, prompts: list[list[int]]
+) -> None:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=True, top_k=30, pad_token_id=0)
+    policy = run(model, prompts[:12], generation_config=config)
+    assert policy.certificate.decoding["sampling"] is True
+
+
+def test_delta_is_spent_before_the_test(
+    model: Any, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    ledger = DeltaLedger.create(tmp_path / "ledger.json", budget=0.15)
+    policy = run(model, prompts, ledger=ledger, members=1)
+    assert ledger.spent() == pytest.approx(0.1)
+    assert policy.certificate.split["ledger"]["spent"] == pytest.approx(0.1)
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"risk": 0.0}, InvalidArgumentError, "`risk`"),
+        ({"risk": 1.0}, InvalidArgumentError, "`risk`"),
+        ({"risk": float("nan")}, InvalidArgumentError, "`risk`"),
+        ({"delta": 0.0}, InvalidArgumentError, "`delta`"),
+        ({"delta": 1.5}, InvalidArgumentError, "`delta`"),
+        ({"mode": "fast"}, InvalidArgumentError, "`mode` must be"),
+        ({"members": 0}, InvalidArgumentError, "`members` must be"),
+        ({"new_tokens": 1}, InvalidArgumentError, "`new_tokens` must be"),
+        ({"batch_size": 0}, InvalidArgumentError, "`batch_size` must be"),
+        ({"loss": "bleu"}, InvalidArgumentError, "`loss` must be one of"),
+        ({"loss": max}, InvalidArgumentError, "`bound` must be"),
+        ({"method": "guess"}, InvalidArgumentError, "`method`"),
+        ({"rng": 1.5}, InvalidTypeError, "`rng` must be"),
+        ({"rng": None}, InvalidTypeError, "`rng` must be"),
+        ({"groups": [1, 2]}, InvalidArgumentError, "`groups` must be one per prompt"),
+        ({"groups": [1] * 140}, InvalidArgumentError, "`groups` must be at least two clusters"),
+        ({"tier": "fast"}, InvalidArgumentError, "`tier` must be"),
+        ({"num_beams": 2}, UnsupportedError, "beam search"),
+        ({"reduction": "sum"}, InvalidArgumentError, "`reduction` must be"),
+        (
+            {"policy": Policy(ProbeScore(), Threshold(), stages=(7,))},
+            InvalidArgumentError,
+            "`policy` must be stages among",
+        ),
+    ],
+    ids=lambda part: str(part)[:40] if isinstance(part, dict) else "",
+)
+def test_bad_arguments_are_named(
+    model: Any, prompts: list[list[int]], settings: dict[str, Any], kind: Any, message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        run(model, prompts, **settings)
+
+
+def test_losses_outside_their_bound_are_errors(model: Any, prompts: list[list[int]]) -> None:
+    for value in (2.0, float("nan")):
+        with pytest.raises(InvalidArgumentError, match="losses"):
+            run(model, prompts, loss=lambda *_, value=value: value, bound=1.0)
+
+
+# -- the guarantee --------------------------------------------------------------------------------
+
+
+def _synthetic(rng: np.random.Generator, units: int) -> Trace:
+    """Units of four tokens and two exits: hard units disagree often, whatever the score says."""
+    hard = np.repeat(rng.random(units) < 0.1, 4)
+    scores = rng.random((units * 4, 2)).astype(np.float32)
+    wrong = rng.random(scores.shape) < np.where(hard[:, None], 0.9, 0.5 * (1 - scores) ** 2)
+    return Trace(
+        scores=scores,
+        losses={"disagreement": wrong},
+        costs=np.array([1.0, 2.0, 3.0]),
+        cost_quantity="layers",
+        lengths=np.full(units, 4),
+        unit_ids=tuple(map(str, range(units))),
+    )
+
+
+def _unit_losses(policy: Policy, trace: Trace) -> np.ndarray:
+    found: np.ndarray = token_losses(policy, trace).reshape(-1, 4).mean(axis=1)
+    return found
+
+
+def _choose(variant: str, rng: np.random.Generator, risk: float, delta: float) -> float:
+    """Knob of one calibration: path on one draw, test on another; or both on one draw."""
+    family = Policy(ProbeScore(), Threshold(), stages=(0, 1))
+    fit, test = _synthetic(rng, 30), _synthetic(rng, 60)
+    path = choose_path(family, fit, risk=risk, members=5, any_token=False)
+    tables = {j: _unit_losses(family.member(k), test) for j, k in enumerate(path.knobs)}
+    if variant == "tuned on the test units":
+        within = [j for j, losses in tables.items() if losses.mean() <= risk]
+        return path.knobs[within[-1]]
+    if len(path.knobs) == 1:
+        return path.knobs[0]
+    found = control_risk(
+        lambda column: tables[column], risk=risk, delta=delta, n_columns=len(path.knobs), rng=0
+    )
+    return path.knobs[found.index or 0]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("variant", "kept"), [("right", True), ("tuned on the test units", False)])
+def test_path_and_test_together_keep_the_promise(
+    variant: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptive._path._GRID", 12)
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    risk, delta, replicates = 0.1, 0.05, 100
+    rng = np.random.default_rng(8)
+    population = _synthetic(np.random.default_rng(9), 20_000)
+    family = Policy(ProbeScore(), Threshold(), stages=(0, 1))
+    grid = np.linspace(0, 1, 201)
+    true = np.array([_unit_losses(family.member(k), population).mean() for k in grid])
+    broken = 0
+    for _ in range(replicates):
+        knob = _choose(variant, rng, risk, delta)
+        broken += knob <= 1 and float(np.interp(knob, grid, true)) > risk
+    assert (broken <= violation_limit(replicates, delta)) is kept
+
+
+def test_members_lie_around_the_promise(rng: np.random.Generator) -> None:
+    family = Policy(ProbeScore(), Threshold(), stages=(0, 1))
+    trace = _synthetic(rng, 80)
+    path = choose_path(family, trace, risk=0.1, members=6, any_token=False)
+    assert path.knobs[0] == math.inf
+    assert path.predicted[0] == 0
+    assert len(path.knobs) <= 7
+    assert (np.diff(path.knobs) < 0).all()
+    assert (path.predicted <= 0.13).all()
+    by_hand = [
+        float(np.mean(token_losses(family.member(k), trace).reshape(-1, 4).sum(1) / 5))
+        for k in path.knobs
+    ]
+    assert np.allclose(path.predicted, by_hand)
+    anywhere = choose_path(family, trace, risk=0.3, members=3, any_token=True)
+    share = [
+        float(token_losses(family.member(k), trace).reshape(-1, 4).any(1).mean())
+        for k in anywhere.knobs
+    ]
+    assert np.allclose(anywhere.predicted, share)
+
+
+def test_replacing_nothing_keeps_the_family() -> None:
+    """A member differs from its family by the knob alone."""
+    family = Policy(ProbeScore(), Threshold(warmup=2), stages=(0, 2), mode="propagate")
+    member = family.member(0.4)
+    assert replace(member, rule=family.rule) == family

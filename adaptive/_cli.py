@@ -38,8 +38,8 @@ def _start(
 def demo(
     risk: Annotated[float, typer.Option(help="Promised share of tokens that may differ.")] = 0.1,
     delta: Annotated[float, typer.Option(help="Probability that calibration is misled.")] = 0.05,
-    units: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 360,
-    fresh: Annotated[int, typer.Option(help="Fresh prompts to check on.")] = 160,
+    units: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 280,
+    fresh: Annotated[int, typer.Option(help="Fresh prompts to check on.")] = 120,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per prompt.")] = 24,
     out: Annotated[Path, typer.Option(help="Where policies and the plot are written.")] = Path(
         "adaptive-demo"

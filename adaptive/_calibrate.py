@@ -235,6 +235,7 @@ def calibrate(
         decoding={"mode": family.mode} | settings,
         split=split.record(int(rng)),
         pool=pool,
+        unit="cluster" if clustered else "prompt",
     )
     if n_test < needed:
         why = (
@@ -270,6 +271,7 @@ class _Facts:
     decoding: dict[str, Any]
     split: dict[str, Any]
     pool: str | None
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -376,9 +378,14 @@ class _Bench:
         )
 
     def path(self, *, risk: float, members: int) -> Path:
-        """Trace the model's own text on the fit split and place the members."""
+        """Trace the model's own text on the fit split and place the members.
+
+        Where every text ends with its first token there is nothing to stop: full depth alone.
+        """
         full = replace(full_depth(self.exits), mode="propagate")
         runs = self.run(self.split.fit, full, "full-depth text", labels=False)
+        if all(len(run.tokens) < 2 for run in runs):
+            return Path((float("inf"),), np.zeros(1))
         trace = collect(
             self.model,
             self.split.fit,
@@ -493,7 +500,9 @@ class _Bench:
         knob = float(path.knobs[index])
         if index != result.index:
             groups = test.groups if clustered else None
-            upper = self.upper_bound(visited[index], groups, certificate, delta=delta)
+            upper = self.upper_bound(
+                visited[index], groups, certificate, delta=delta, method=method
+            )
             certificate = replace(
                 certificate, evidence=certificate.evidence | {"upper_bound": upper}
             )
@@ -507,6 +516,7 @@ class _Bench:
         certificate: Certificate,
         *,
         delta: float,
+        method: str,
     ) -> dict[str, float]:
         """Bound of the chosen member's risk, as the certificate gives it for the last certified."""
         again = control_risk(
@@ -515,6 +525,7 @@ class _Bench:
             delta=delta,
             bound=self.loss.bound,
             loss_type="binary" if self.loss.binary else "bounded",
+            method=method,
             groups=groups,
             rng=int(certificate.split["seed"]),
             loss=self.loss.name,
@@ -529,7 +540,7 @@ class _Bench:
             risk=risk,
             delta=delta,
             loss=self.loss.name,
-            unit="prompt",
+            unit=facts.unit,
             method="none run",
             procedure="fixed-sequence",
             n=n,
@@ -540,9 +551,8 @@ class _Bench:
             split={},
             notes=(why,),
         )
-        never = float("inf") if isinstance(self.family.rule, Threshold) else None
-        safe = full_depth(self.exits) if never is None else self.family.member(never)
-        return replace(safe, mode=self.family.mode, certificate=_completed(certificate, facts))
+        never = self.family.member(float("inf"))
+        return replace(never, certificate=_completed(certificate, facts))
 
 
 def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> float:
@@ -561,7 +571,7 @@ def _completed(certificate: Certificate, facts: _Facts) -> Certificate:
         certificate,
         assumptions=assumptions,
         split=certificate.split | facts.split,
-        fingerprints=facts.fingerprints,
+        fingerprints=certificate.fingerprints | facts.fingerprints,
         decoding=facts.decoding,
         versions=certificate.versions
         | {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -272,7 +272,10 @@ def get_exits(model: PreTrainedModel) -> Exits | None:
 
 
 def detach_exits(model: PreTrainedModel) -> None:
-    """Forget a model's exits and everything prepared for them."""
+    """Forget a model's exits and everything prepared for them.
+
+    Exits saved in the directory the model was loaded from are found again when next needed.
+    """
     from adaptive._tier import forget
 
     _attached.pop(model, None)

@@ -24,7 +24,7 @@ _THIN = 6
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of one layer; ``mixed`` and ``gate_up`` alias the model's own matrices."""
+    """Parameters of one layer; ``mixed`` aliases the model's own three matrices."""
 
     attention_norm: Tensor
     mixed: Tensor
@@ -34,17 +34,18 @@ class _Layer:
     output: Tensor
     output_bias: Tensor | None
     feedforward_norm: Tensor
-    gate_up: Tensor
+    gate: Tensor
+    up: Tensor
     down: Tensor
 
 
 class NativeExecutor(AbstractExecutor):
     """Preallocated keys and values, fused projections, one stacked product for skipped layers.
 
-    The query, key and value matrices of all layers live in one tensor, gate and up projection of
-    a layer in another, and so do the norms' gains; the model's own parameters become views of
-    them, same values, no second copy. So training or loading in place is seen here, and memory
-    stays the model's own.
+    The query, key and value matrices of all layers live in one tensor, and so do the norms'
+    gains; the model's own parameters become views of them, same values, no second copy. So
+    training or loading in place is seen here, and memory stays the model's own. (Gate and up
+    projection stay apart: on a CPU one product of twice the width takes longer for several rows.)
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -210,8 +211,8 @@ class NativeExecutor(AbstractExecutor):
         attended = self._attend(index, turned[:, :heads], stop, mask, causal)
         hidden = hidden + F.linear(attended, block.output, block.output_bias)
         normed = F.rms_norm(hidden, (width,), block.feedforward_norm, self.eps)
-        gate, up = F.linear(normed, block.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, block.down)
+        gated = F.silu(F.linear(normed, block.gate)) * F.linear(normed, block.up)
+        return hidden + F.linear(gated, block.down)
 
     def _attend(
         self, index: int, query: Tensor, stop: int, mask: Tensor | None, causal: bool
@@ -287,24 +288,21 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(states * cos, torch.roll(states, states.shape[-1] // 2, dims=-1), sin)
 
 
-def _packed(parameters: list[nn.Parameter], into: Tensor | None = None) -> Tensor:
-    """Put parameters one behind the other into one tensor and make them views of it."""
-    packed = torch.cat([parameter.data for parameter in parameters], out=into)
-    row = 0
-    for parameter in parameters:
-        rows = parameter.shape[0]
-        parameter.data = packed[row : row + rows]
-        row += rows
-    return packed
-
-
 def _stack(layers: list[list[nn.Parameter]]) -> Tensor:
-    """Pack the parameters of every layer into one tensor ``[layers, rows, ...]``."""
+    """Pack the parameters of every layer into one tensor ``[layers, rows, ...]``.
+
+    The parameters become views of it, values unchanged.
+    """
     first = layers[0][0]
     shape = (len(layers), sum(parameter.shape[0] for parameter in layers[0]), *first.shape[1:])
     stacked = torch.empty(shape, dtype=first.dtype, device=first.device)
-    for target, parameters in zip(stacked, layers, strict=True):
-        _packed(parameters, target)
+    for packed, parameters in zip(stacked, layers, strict=True):
+        torch.cat([parameter.data for parameter in parameters], out=packed)
+        row = 0
+        for parameter in parameters:
+            rows = parameter.shape[0]
+            parameter.data = packed[row : row + rows]
+            row += rows
     return stacked
 
 
@@ -333,7 +331,8 @@ def _block(module: Any, mixed: Tensor, mixed_bias: Tensor | None) -> _Layer:
         output=attention.o_proj.weight,
         output_bias=attention.o_proj.bias,
         feedforward_norm=module.post_attention_layernorm.weight,
-        gate_up=_packed([feedforward.gate_proj.weight, feedforward.up_proj.weight]),
+        gate=feedforward.gate_proj.weight,
+        up=feedforward.up_proj.weight,
         down=feedforward.down_proj.weight,
     )
 

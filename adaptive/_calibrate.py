@@ -246,7 +246,7 @@ def calibrate(
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     path = bench.path(risk=risk, members=members)
     if len(path.knobs) == 1:
-        why = "No member stops early on the fit split within 1.3 times the promised risk."
+        why = "No member stops early on the fit split within 1.2 times the promised risk."
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     if mode is None and policy is None:
         slower = bench.no_gain(path, risk)

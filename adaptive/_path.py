@@ -13,7 +13,7 @@ from adaptive.policies import Policy, exit_stages
 #: How finely the knob is searched on the fit split.
 _GRID = 96
 #: Predicted risks at which members are placed, in units of the promise.
-_FIRST, _LAST = 0.3, 1.3
+_FIRST, _LAST = 0.4, 1.2
 
 
 @dataclass(frozen=True)

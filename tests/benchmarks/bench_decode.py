@@ -1,0 +1,397 @@
+"""Decoding speed: full depth against `model.generate`, prescribed early exits, cost of the policy.
+
+    python tests/benchmarks/bench_decode.py                     # 150M Llama, float32, one thread
+    python tests/benchmarks/bench_decode.py --width 64 --rounds 3 --parts a   # a quick look
+
+Every round times every variant once, in an order that turns from round to round, so that what
+else the machine does falls on all alike. On a CPU the process's own CPU time is taken, on a GPU
+wall time. Reported are medians over rounds and, for ratios, the median of the paired ratios with
+a 95 percent bootstrap interval.
+
+a  Whole calls at full depth: ours on both tiers against `model.generate`, batch 1 and 8.
+b  Realised over ideal speed-up of exits prescribed by position, batch 1. With L layers, a head
+   that costs as much as h layers and mean depth d, ideal is (L + h) / (d + h): checks, keys and
+   values of skipped layers and the loop itself are counted as nothing. Realised is full depth
+   over early exits, both through our native tier, the prompt's share taken off. Choose
+   ``--steps`` a multiple of the inbox sizes, so that no run ends with work undone.
+c  Time that the checks add to a token, as a share of a decode step at full depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import adaptive
+from adaptive import attach_exits, generate
+from adaptive._exits import Exits, ExitsRecord
+from adaptive._fingerprint import model_fingerprint
+from adaptive._tier import executor_for
+from adaptive.policies import AbstractRule, Features, NoScore, Policy, ProbeScore, State, Threshold
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Prescribed(AbstractRule):
+    """Stop at the exit that a table gives for the position, whatever the score."""
+
+    pattern: tuple[int, ...]
+    nested: ClassVar[bool] = False
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        return {"pattern": torch.tensor(self.pattern, device=device)}
+
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        wanted = state["pattern"][(features.position - 1) % len(self.pattern)]
+        return wanted <= features.stage, state
+
+    def with_knob(self, knob: float) -> Self:
+        return self
+
+    def knobs(self, trace: Any, *, size: int) -> tuple[float, ...]:
+        return (float("inf"),)
+
+
+#: Exit of each token in turn; 3 is full depth. All have mean depth one half.
+PATTERNS = {
+    "mixed": (0, 1, 0, 3, 1, 0, 2, 1),
+    "two depths": (0, 2),
+    "all at one half": (1,),
+}
+
+
+def build(options: argparse.Namespace) -> LlamaForCausalLM:
+    """Random Llama whose layers behind the first exit say nothing: exits always agree."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=int(options.width * 2.7) // 32 * 32,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 128 or 1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval().to(options.device)
+    with torch.no_grad():
+        for layer in model.model.layers[options.layers // 4 :]:
+            layer.self_attn.o_proj.weight.mul_(1e-4)
+            layer.mlp.down_proj.weight.mul_(1e-4)
+    places = tuple(options.layers * part // 4 for part in (1, 2, 3))
+    record = ExitsRecord(model=model_fingerprint(model), settings={"benchmark": True})
+    attach_exits(model, Exits(places, options.width, rank=0, record=record))
+    return model
+
+
+class Clock:
+    """Seconds of a piece of work: CPU time of this process, or wall time of a device."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+
+def rounds(
+    variants: dict[str, Callable[[], object]], *, count: int, clock: Clock
+) -> dict[str, np.ndarray]:
+    """Time every variant in every round, after one untimed call each."""
+    for work in variants.values():
+        work()
+    names = list(variants)
+    found = {name: np.zeros(count) for name in names}
+    gc.disable()
+    for turn in range(count):
+        gc.collect()
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            found[name][turn] = clock(variants[name])
+    gc.enable()
+    return found
+
+
+def ratio(over: np.ndarray, under: np.ndarray) -> dict[str, float]:
+    """Median of the paired ratios and its 95 percent bootstrap interval."""
+    paired = over / under
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(paired, (4000, paired.size)), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return {"median": float(np.median(paired)), "low": float(low), "high": float(high)}
+
+
+def shown(value: dict[str, float]) -> str:
+    return f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def unchecked() -> Policy:
+    """Full depth without a single check (a policy of the library asks at least once)."""
+    policy = Policy(NoScore(), Threshold(), stages=(0,))
+    object.__setattr__(policy, "stages", ())
+    return policy
+
+
+def _call(
+    model: LlamaForCausalLM, ids: Tensor, new: int, policy: Policy | None, **settings: Any
+) -> Callable[[], Any]:
+    """A generation that is ready to run; without a policy, transformers' own."""
+    common = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    if policy is None:
+        return lambda: model.generate(ids, **common)
+    return lambda: generate(model, ids, policy=policy, **common, **settings)
+
+
+def part_a(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    full = Policy(NoScore(), Threshold(), stages=(2,))
+    for batch in (1, 8):
+        ids = torch.randint(2, options.vocabulary, (batch, options.prompt), device=options.device)
+        new = options.tokens
+        same = torch.equal(_call(model, ids, new, full)(), _call(model, ids, new, None)())
+        times = rounds(
+            {
+                "model.generate": _call(model, ids, new, None),
+                "native": _call(model, ids, new, full, tier="native"),
+                "generic": _call(model, ids, new, full, tier="generic"),
+            },
+            count=options.rounds,
+            clock=clock,
+        )
+        plain = times["model.generate"]
+        row = {
+            "ms_per_token": {k: float(np.median(v)) / new * 1e3 for k, v in times.items()},
+            "model.generate / native": ratio(plain, times["native"]),
+            "model.generate / generic": ratio(plain, times["generic"]),
+            "same_tokens": same,
+        }
+        report[f"batch {batch}"] = row
+        per_step = {name: round(value, 2) for name, value in row["ms_per_token"].items()}
+        print(f"(a) batch {batch}, ms per step {per_step}")
+        for tier in ("native", "generic"):
+            found = shown(row[f"model.generate / {tier}"])
+            print(f"    speed of {tier} against model.generate {found}")
+    return report
+
+
+@torch.no_grad()
+def components(model: LlamaForCausalLM, context: int) -> dict[str, Callable[[], object]]:
+    """All layers on one token, and the readout, on the native tier."""
+    executor = executor_for(model, tier="native")
+    slots = context + 1
+    device = model.device
+    executor.begin(
+        batch_size=1,
+        max_length=slots,
+        padding=None,
+        positions=torch.arange(slots, device=device)[None],
+    )
+    ids = torch.ones(1, context, dtype=torch.int64, device=device)
+    executor.run(0, executor.layers, executor.embed(ids, 0), 0)
+    hidden = executor.embed(ids[:, :1], context)
+
+    def layers() -> None:
+        with torch.no_grad():
+            for _ in range(4):
+                executor.truncate(context)
+                executor.run(0, executor.layers, hidden, context)
+
+    def head() -> None:
+        with torch.no_grad():
+            for _ in range(4):
+                executor.readout(hidden[:, -1])
+
+    return {"layers": layers, "head": head}
+
+
+def part_b(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=options.device)
+    new = options.steps + 1
+    full = Policy(NoScore(), Threshold(), stages=(2,))
+    cases = [("propagate", name, 32) for name in PATTERNS]
+    cases += [("propagate", "mixed", pending) for pending in (1, 8)]
+    cases += [
+        (mode, name, pending)
+        for mode in ("exact", "verify")
+        for name, sizes in (("mixed", (32,)), ("all at one half", (4, 8, 16, 32)))
+        for pending in sizes
+    ]
+    plan = {
+        f"{mode}, {name}, inbox {pending}": (
+            Policy(ProbeScore(), Prescribed(PATTERNS[name]), stages=(0, 1, 2), mode=mode),
+            pending,
+        )
+        for mode, name, pending in cases
+    }
+    variants = {
+        name: _call(model, ids, new, policy, max_pending=pending)
+        for name, (policy, pending) in plan.items()
+    }
+    depths, agreement = {}, {}
+    for name, (policy, pending) in plan.items():
+        output = _call(model, ids, new, policy, max_pending=pending, return_dict_in_generate=True)()
+        depths[name] = output.mean_depth
+        known = output.agreement[output.agreement >= 0].float()
+        agreement[name] = float(known.mean()) if known.numel() else None
+    variants |= {
+        "full": _call(model, ids, new, full),
+        "model.generate": _call(model, ids, new, None),
+        "prompt": _call(model, ids, 1, full),
+        "prompt of model.generate": _call(model, ids, 1, None),
+    }
+    variants |= components(model, options.prompt + new // 2)
+    times = rounds(variants, count=options.rounds, clock=clock)
+    layer = float(np.median(times["layers"])) / 4 / options.layers
+    head = float(np.median(times["head"])) / 4
+    h = head / layer
+    steps = new - 1
+    decode = {name: (times[name] - np.median(times["prompt"])) / steps for name in plan}
+    decode["full"] = (times["full"] - np.median(times["prompt"])) / steps
+    theirs = times["model.generate"] - np.median(times["prompt of model.generate"])
+    decode["model.generate"] = theirs / steps
+    print(f"(b) one layer {layer * 1e3:.3f} ms, head {head * 1e3:.2f} ms: h = {h:.2f} layers")
+    print(
+        f"    full depth {np.median(decode['full']) * 1e3:.2f} ms per token, "
+        f"model.generate {np.median(decode['model.generate']) * 1e3:.2f} ms"
+    )
+    report: dict[str, Any] = {
+        "layer_ms": layer * 1e3,
+        "head_ms": head * 1e3,
+        "full_ms": float(np.median(decode["full"])) * 1e3,
+        "model.generate_ms": float(np.median(decode["model.generate"])) * 1e3,
+        "cases": {},
+    }
+    for name in plan:
+        ideal = (options.layers + h) / (depths[name] + h)
+        realised = ratio(decode["full"], decode[name])
+        share = {key: value / ideal for key, value in realised.items()}
+        report["cases"][name] = {
+            "ms_per_token": float(np.median(decode[name])) * 1e3,
+            "mean_depth": depths[name],
+            "agreement": agreement[name],
+            "ideal": ideal,
+            "realised": realised,
+            "realised / ideal": share,
+            "against model.generate": ratio(decode["model.generate"], decode[name]),
+        }
+        print(
+            f"    {name:38s} {np.median(decode[name]) * 1e3:7.2f} ms, depth {depths[name]:5.2f}, "
+            f"x{realised['median']:.2f} of x{ideal:.2f}: {shown(share)}"
+        )
+    return report
+
+
+def part_c(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Whole runs on an executor whose layers do nothing: what is left is the loop."""
+    from adaptive import _generate
+
+    step = components(model, options.prompt + options.tokens // 2)
+    idle = executor_for(model, tier="native")
+    idle.run = lambda low, high, hidden, start, **_: hidden  # type: ignore[method-assign]
+    answer = torch.zeros(1, 8, device=options.device)
+    idle.readout = lambda hidden: answer  # type: ignore[assignment]
+    ids = torch.ones(1, 1, dtype=torch.int64, device=options.device)
+    checked = Policy(ProbeScore(), Threshold(), stages=(0, 1, 2))
+    new = 257
+    known = _generate.executor_for, _generate.check_stages
+    _generate.executor_for = lambda *_, **__: idle
+    _generate.check_stages = lambda *_: None
+    try:
+        loops = {
+            "checked": _call(model, ids, new, checked),
+            "unchecked": _call(model, ids, new, unchecked()),
+        }
+        times = rounds(loops | step, count=options.rounds, clock=clock)
+    finally:
+        _generate.executor_for, _generate.check_stages = known
+    added = (times["checked"] - times["unchecked"]) / (new - 1)
+    whole = (times["layers"] + times["head"]) / 4 + times["unchecked"] / (new - 1)
+    share = ratio(added, whole)
+    print(
+        f"(c) three checks add {np.median(added) * 1e6:.0f} us to a step of "
+        f"{np.median(whole) * 1e3:.2f} ms: share {shown(share)}; the loop without checks takes "
+        f"{np.median(times['unchecked']) / (new - 1) * 1e6:.0f} us"
+    )
+    return {
+        "added_us": float(np.median(added)) * 1e6,
+        "step_ms": float(np.median(whole)) * 1e3,
+        "loop_us": float(np.median(times["unchecked"])) / (new - 1) * 1e6,
+        "share": share,
+    }
+
+
+def machine() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0].split(":")[1].strip() if lines else name
+    return {
+        "cpu": name,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "adaptive": adaptive.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="abc")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--tokens", type=int, default=33)
+    parser.add_argument("--steps", type=int, default=64, help="tokens behind the first, part b")
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = build(options)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    report: dict[str, Any] = {"machine": machine(), "parameters": size}
+    print(json.dumps(report["machine"]), f"{size / 1e6:.0f}M parameters, {model.dtype}")
+    clock = Clock(options.device)
+    for letter, part in (("a", part_a), ("b", part_b), ("c", part_c)):
+        if letter in options.parts:
+            report[letter] = part(model, options, clock)
+    report["options"] = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    report["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

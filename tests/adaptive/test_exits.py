@@ -253,11 +253,13 @@ def test_a_failed_save_leaves_the_old_exits(
     exits.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(tensors: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    write = Path.write_bytes
+
+    def fail(path: Path, content: bytes) -> int:
+        write(path, content[:100])
         raise OSError("disk full")
 
-    monkeypatch.setattr("adaptive._exits.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         exits.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

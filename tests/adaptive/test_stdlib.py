@@ -146,4 +146,4 @@ def test_prose_is_not_code() -> None:
 
 def test_reading_the_corpus_needs_no_torch() -> None:
     code = "import sys, adaptive._stdlib; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -27,7 +27,8 @@ class RiskPathDisplay:
     index : int or None
         The certified member, if any.
     bound : float or None
-        Upper confidence bound of its risk.
+        Upper confidence bound of its risk by a test that does not depend on the level. Valid on its
+        own; the certifying test is sharper at the promise, so it may lie a little above it.
     """
 
     columns: tuple[int, ...]
@@ -93,7 +94,7 @@ class RiskPathDisplay:
                 color="C2",
                 markersize=16,
                 capsize=5,
-                label="certified, with upper bound",
+                label="certified, with a second test's bound",
                 zorder=3,
             )
             handles.append(bar)

@@ -1,4 +1,9 @@
-"""A check must cost less than it can save: time of a decision beside one call of a head."""
+"""A check must cost less than it can save: time of a decision beside one call of a head.
+
+    python -m pytest tests/benchmarks/bench_policy_cost.py
+
+Times depend on the machine and on what else it does, so the suite does not collect this file.
+"""
 
 from __future__ import annotations
 

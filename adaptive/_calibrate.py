@@ -19,12 +19,11 @@ from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._exits import Exits, get_exits
 from adaptive._families import layers_of
-from adaptive._fingerprint import text_hash
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
 from adaptive._path import Path, choose_path
 from adaptive._runs import Run, full_depth, run_units
-from adaptive._settings import check_stages, fingerprints
+from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
 from adaptive._tier import Tier
 from adaptive._timing import seconds_per_token
 from adaptive._train import ExitTraining, train_exits
@@ -601,9 +600,4 @@ def _data_fingerprints(
             tokenizer = tokenizer_of(model)
         except InvalidArgumentError:
             return found
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    found["tokenizer"] = text_hash(str(vocabulary))
-    template = getattr(tokenizer, "chat_template", None)
-    if template:
-        found["chat_template"] = text_hash(str(template))
-    return found
+    return found | tokenizer_fingerprints(tokenizer)

@@ -153,6 +153,7 @@ def generate(
         **inputs,
         policy=saved,
         certified=not uncertified,
+        tokenizer=tokenizer,
         max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

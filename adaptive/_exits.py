@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaptive._families import Readout, layers_of
-from adaptive._fingerprint import model_fingerprint
+from adaptive._fingerprint import lineage, related
 from adaptive.calibration import AdaptiveError, CertificateError, InvalidArgumentError
 from adaptive.policies import Features
 
@@ -34,7 +34,7 @@ class ExitsRecord:
     Parameters
     ----------
     model : str
-        Fingerprint of the model they belong to.
+        Lineage of the model they belong to: its fingerprint up to precision.
     units : tuple of str
         Hashes of the units (prompts) that shaped them. ``calibrate`` keeps these out of its test.
     settings : dict
@@ -237,11 +237,11 @@ def attach_exits(
         layers = Exits.from_pretrained(layers)
     if isinstance(layers, Exits):
         exits = layers
-        if exits.record.model != model_fingerprint(model):
+        if not related(exits.record.model, lineage(model)):
             raise InvalidArgumentError(
                 "exits",
                 f"exits of model {exits.record.model}",
-                f"exits of this model, {model_fingerprint(model)}",
+                f"exits of this model in any precision, {lineage(model)}",
             )
     else:
         chosen = default_layers(total) if layers is None else tuple(layers)
@@ -252,7 +252,7 @@ def attach_exits(
             )
         if rank < 0:
             raise InvalidArgumentError("rank", rank, "an integer >= 0")
-        record = ExitsRecord(model=model_fingerprint(model))
+        record = ExitsRecord(model=lineage(model))
         exits = Exits(
             chosen, model.get_input_embeddings().weight.shape[1], rank=rank, record=record
         )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-_SAMPLE = 1024
+#: Words of eight bytes that are added up together, and that are held at a time.
+_BLOCK, _SLAB = 1 << 14, 1 << 22
 #: What a config says of files, versions and outputs does not change what the model computes.
 _PASSING = frozenset(
     {
@@ -33,14 +36,14 @@ _PASSING = frozenset(
         "chunk_size_feed_forward",
     }
 )
-_models: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = (
+_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[str, str]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def text_hash(text: str) -> str:
-    """Hash of a text after trimming outer white space, so that near-duplicates of a unit meet."""
-    return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()[:24]
+    """Hash of a text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:24]
 
 
 def tokens_hash(tokens: Iterable[int]) -> str:
@@ -49,29 +52,70 @@ def tokens_hash(tokens: Iterable[int]) -> str:
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of names, shapes, dtypes and evenly spaced elements of tensors.
+    """Hash of names, shapes, dtypes and all elements of tensors, the same on every device.
 
-    Up to 1,024 elements of each tensor are read, so a model of any size takes milliseconds. It
-    tells another training state or dtype apart, not a change of single weights made on purpose.
+    Every block of words is summed with fixed odd weights modulo 2**64, so that no single element
+    can change unnoticed; the sums are hashed. One pass at about the speed of memory.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLE)
-        sample = flat[::step].to(torch.float64 if flat.is_floating_point() else torch.int64)
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
+        for sums in _block_sums(tensor):
+            digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Fingerprint of a model: architecture and weights, dtype included, device not.
+def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = raw.numel() - raw.numel() % 8
+    rest = torch.zeros(8, dtype=torch.uint8, device=raw.device)
+    rest[: raw.numel() - whole] = raw[whole:]
+    weights = _odd_weights().to(raw.device)
+    aligned = raw[:whole] if raw.storage_offset() % 8 == 0 else raw[:whole].clone()
+    for part in (aligned, rest):
+        for slab in part.view(torch.int64).split(_SLAB):
+            full = slab.numel() - slab.numel() % _BLOCK
+            yield (slab[:full].view(-1, _BLOCK) * weights).sum(dim=1)
+            yield (slab[full:] * weights[: slab.numel() - full]).sum()[None]
 
-    Remembered until a parameter is replaced or written to.
+
+@functools.cache
+def _odd_weights() -> Tensor:
+    drawn = np.random.default_rng(0).integers(-(2**62), 2**62, size=_BLOCK, dtype=np.int64)
+    return torch.from_numpy(2 * drawn + 1)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of a model: architecture and weights, dtype included, device not."""
+    return _once(model, "own", lambda: _of_model(model, lambda tensor: tensor))
+
+
+def lineage(model: nn.Module) -> str:
+    """Fingerprints of a model's weights as rounded to bfloat16 and to float16, ``"a-b"``.
+
+    The same model loaded in another precision shares at least one: see :func:`related`.
     """
-    version = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    if model in _models and _models[model][0] == version:
-        return _models[model][1]
+    return "-".join(
+        _once(model, str(dtype), lambda dtype=dtype: _of_model(model, _rounding(dtype)))  # type: ignore[misc]
+        for dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def related(first: str, second: str) -> bool:
+    """Whether two lineages are of the same weights up to precision."""
+    return any(a == b for a, b in zip(first.split("-"), second.split("-"), strict=False))
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Fingerprint of a module's parameters."""
+    return _once(module, "own", lambda: tensors_fingerprint(module.named_parameters()))
+
+
+def _rounding(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _of_model(model: nn.Module, form: Callable[[Tensor], Tensor]) -> str:
     config = model.config.to_dict() if hasattr(model, "config") else {}  # type: ignore[operator,union-attr]
     kept = {
         key: value
@@ -79,8 +123,18 @@ def model_fingerprint(model: nn.Module) -> str:
         if not key.startswith("_") and key not in _PASSING
     }
     text = json.dumps(kept, sort_keys=True, default=str) if kept else ""
-    found = hashlib.sha256(
-        (text + tensors_fingerprint(model.named_parameters())).encode()
-    ).hexdigest()[:24]
-    _models[model] = (version, found)
-    return found
+    weights = tensors_fingerprint(
+        (name, form(parameter.detach())) for name, parameter in model.named_parameters()
+    )
+    return hashlib.sha256((text + weights).encode()).hexdigest()[:24]
+
+
+def _once(module: nn.Module, kind: str, compute: Callable[[], str]) -> str:
+    """Remember a fingerprint until a parameter is replaced or written to."""
+    version = tuple((value.data_ptr(), value._version) for value in module.parameters())
+    if module not in _remembered or _remembered[module][0] != version:
+        _remembered[module] = (version, {})
+    known = _remembered[module][1]
+    if kind not in known:
+        known[kind] = compute()
+    return known[kind]

@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -118,7 +119,8 @@ def generate(
     tier : {"native", "generic"}, optional
         Force how layers are run; ``None`` chooses.
     **model_kwargs
-        Model inputs and generation settings, as for ``model.generate``. (``stop_strings`` needs
+        Model inputs and generation settings, as for ``model.generate``. A ``tokenizer`` given to
+        the verb is compared with the certificate's. (``stop_strings`` needs
         this door: ``model.generate`` hides the tokenizer from decoding methods and then asks for
         it. There, pass a ``StopStringCriteria`` among the ``stopping_criteria``.)
 
@@ -159,7 +161,9 @@ def generate(
         raise UnsupportedError(_NO_ASSISTANT)
     if not hasattr(generation_config, "_pad_token_tensor"):
         # the verb: let transformers prepare the inputs, then come back as its decoding method
-        method = functools.partial(_prepared, own=own, streamer=streamer)
+        method = functools.partial(
+            _prepared, own=own, streamer=streamer, tokenizer=model_kwargs.get("tokenizer")
+        )
         stopping_criteria = _with_stop_strings(stopping_criteria, model_kwargs)
         prepared: AdaptiveOutput | Tensor = model.generate(
             input_ids,
@@ -183,6 +187,7 @@ def generate(
         generation_config,
         own=own,
         streamer=streamer or outer.get("streamer"),
+        tokenizer=model_kwargs.pop("tokenizer", None),
         **model_kwargs,
     )
 
@@ -225,6 +230,7 @@ def _prepared(
     *,
     own: dict[str, Any],
     streamer: BaseStreamer | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     **model_kwargs: Any,
 ) -> AdaptiveOutput | Tensor:
     """Decode what transformers' ``generate`` has prepared."""
@@ -235,7 +241,7 @@ def _prepared(
     check_processors(logits_processor)
     new_tokens = generation_config.max_length - input_ids.shape[1]
     settings = decoding_settings(model, generation_config, logits_processor, new_tokens=new_tokens)
-    mismatches = certificate_mismatches(policy, model, exits, settings)
+    mismatches = certificate_mismatches(policy, model, exits, settings, tokenizer=tokenizer)
     if mismatches and own["certified"]:
         raise CertificateMismatchError(
             f"the policy's certificate does not apply here: {'; '.join(mismatches)}. "

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from adaptive._exits import Exits
-from adaptive._fingerprint import model_fingerprint, tensors_fingerprint
+from adaptive._fingerprint import model_fingerprint, text_hash, weights_fingerprint
 from adaptive.calibration import InvalidArgumentError, UnsupportedError
 from adaptive.policies import Policy
 
@@ -54,6 +60,7 @@ _INCIDENTAL = frozenset(
 )
 #: Fields that count from the start of the prompt: a setting only once its length is taken off.
 _COUNTED = frozenset({"prompt_length_to_skip", "begin_index", "regulation_start", "max_length"})
+_tokenizers: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, str] = weakref.WeakKeyDictionary()
 
 
 def check_processors(processors: LogitsProcessorList) -> None:
@@ -104,7 +111,7 @@ def decoding_settings(
 
 def exits_fingerprint(exits: Exits) -> str:
     """Fingerprint of the exits' places and weights."""
-    return f"{'-'.join(map(str, exits.layers))}:{tensors_fingerprint(exits.named_parameters())}"
+    return f"{'-'.join(map(str, exits.layers))}:{weights_fingerprint(exits)}"
 
 
 def fingerprints(model: PreTrainedModel, exits: Exits) -> dict[str, str]:
@@ -112,10 +119,27 @@ def fingerprints(model: PreTrainedModel, exits: Exits) -> dict[str, str]:
     return {"model": model_fingerprint(model), "exits": exits_fingerprint(exits)}
 
 
+def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Fingerprints of a tokenizer's vocabulary and, where it has one, of its chat template."""
+    if tokenizer not in _tokenizers:
+        _tokenizers[tokenizer] = text_hash(str(sorted(tokenizer.get_vocab().items())))
+    found = {"tokenizer": _tokenizers[tokenizer]}
+    template = getattr(tokenizer, "chat_template", None)
+    return found | ({"chat_template": text_hash(str(template))} if template else {})
+
+
 def certificate_mismatches(
-    policy: Policy, model: PreTrainedModel, exits: Exits, settings: dict[str, Any]
+    policy: Policy,
+    model: PreTrainedModel,
+    exits: Exits,
+    settings: dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[str, ...]:
     """Say in which respects a run is outside what the policy's certificate was earned under.
+
+    The tokenizer and its chat template are compared where the caller passes the tokenizer: token
+    ids alone do not show them.
 
     Returns
     -------
@@ -130,6 +154,13 @@ def certificate_mismatches(
         earned = certificate.fingerprints.get(name)
         if earned != here:
             found.append(f"another {name}: certified on {earned}, running on {here}")
+    if tokenizer is not None:
+        texts = tokenizer_fingerprints(tokenizer)
+        found += [
+            f"another {name.replace('_', ' ')}: certified on {earned}, running on {texts.get(name)}"
+            for name in ("tokenizer", "chat_template")
+            if (earned := certificate.fingerprints.get(name)) not in (None, texts.get(name))
+        ]
     if certificate.decoding.get("mode") != policy.mode:
         found.append(
             f"another mode: certified in {certificate.decoding.get('mode')!r}, running in "

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from adaptive import (
@@ -164,6 +166,28 @@ def test_exits_of_another_model_are_refused(helpers: ModuleType, tmp_path: Path)
     assert get_exits(other) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exits_go_with_their_model_in_another_precision(
+    helpers: ModuleType, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model, exits = _filled(helpers)
+    model.save_pretrained(tmp_path)
+    exits.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert get_exits(half) is not None
+    assert model_fingerprint(half) != model_fingerprint(model)
+    # stored in half precision and computed in full: the way the shipped model comes
+    half.save_pretrained(tmp_path / "half")
+    exits.save_pretrained(tmp_path / "half")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    assert get_exits(again) is not None
+    half.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
+    half.save_pretrained(tmp_path / "half")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    with pytest.raises(InvalidArgumentError, match="exits of this model in any precision"):
+        get_exits(other)
+
+
 def test_exits_beside_a_model_are_found(helpers: ModuleType, tmp_path: Path) -> None:
     model, exits = _filled(helpers)
     model.save_pretrained(tmp_path)
@@ -298,6 +322,30 @@ def test_a_training_step_changes_the_fingerprint(helpers: ModuleType) -> None:
     assert model_fingerprint(model) != before
 
 
+@given(
+    numel=st.integers(1, 70_000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_element_changes_unnoticed(numel: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    value = torch.randint(-60, 60, (numel,), generator=generator).to(dtype)
+    before = tensors_fingerprint([("a", value)])
+    assert tensors_fingerprint([("a", value.clone())]) == before
+    assert tensors_fingerprint([("a", torch.cat((value, value))[numel:])]) == before  # no offset
+    index = data.draw(st.integers(0, numel - 1))
+    value[index] += 1
+    assert tensors_fingerprint([("a", value)]) != before
+
+
+def test_two_elements_do_not_swap_unnoticed() -> None:
+    value = torch.arange(40_000.0)
+    before = tensors_fingerprint([("a", value)])
+    value[[5, 30_001]] = value[[30_001, 5]]
+    assert tensors_fingerprint([("a", value)]) != before
+
+
 def test_names_shapes_and_dtypes_count() -> None:
     value = torch.arange(6.0)
     found = {
@@ -310,7 +358,7 @@ def test_names_shapes_and_dtypes_count() -> None:
     assert len(found) == 5
 
 
-def test_hashes_of_units() -> None:
-    assert text_hash(" a text\n") == text_hash("a text") != text_hash("a  text")
+def test_hashes_of_texts_and_units() -> None:
+    assert text_hash("a text") == text_hash("a text") != text_hash("a text ")
     assert tokens_hash([1, 23]) != tokens_hash([12, 3]) != tokens_hash([1, 2, 3])
     assert tokens_hash([1, 2]) == tokens_hash((1, 2))

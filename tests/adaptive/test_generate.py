@@ -37,7 +37,7 @@ from adaptive import (
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._output import AdaptiveOutput
-from adaptive._settings import fingerprints
+from adaptive._settings import fingerprints, tokenizer_fingerprints
 from adaptive.calibration import Certificate, InvalidTypeError
 from adaptive.policies import Mode, NoScore, Patience, ProbeScore, RandomStage, Threshold
 
@@ -715,6 +715,29 @@ def test_other_models_are_outside(change: str, message: str) -> None:
     output = _run(model, policy, certified=False)
     assert output.certified is False
     assert any(message in mismatch for mismatch in output.mismatches)
+
+
+def test_another_tokenizer_or_chat_template_is_outside() -> None:
+    model = helpers.shared("llama")
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    tokenizer.chat_template = "{{ messages }}"
+    policy = _certified(model)
+    earned = policy.certificate.fingerprints | tokenizer_fingerprints(tokenizer)
+    policy = replace(policy, certificate=replace(policy.certificate, fingerprints=earned))
+    assert _run(model, policy, tokenizer=tokenizer).certified is True
+    assert _run(model, policy).certified is True  # ids alone do not tell
+    tokenizer.chat_template = "{{ messages }} "
+    with pytest.raises(CertificateMismatchError, match="another chat template: certified on"):
+        _run(model, policy, tokenizer=tokenizer)
+    inner.add_tokens(["b"])
+    other = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    output = _run(model, policy, tokenizer=other, certified=False)
+    assert output.certified is False
+    assert [mismatch.split(":")[0] for mismatch in output.mismatches] == [
+        "another tokenizer",
+        "another chat template",
+    ]
 
 
 def test_a_certificate_of_full_computation_is_no_promise_of_speed() -> None:

@@ -203,9 +203,7 @@ def _table(outcomes: Sequence[_Outcome], risk: float, delta: float) -> Table:
         table.add_column(outcome.mode, justify="right")
     rows: dict[str, Callable[[_Outcome], str]] = {
         "promised risk": lambda outcome: f"{risk:g}, confidence {1 - delta:g}",
-        "upper bound, by a second test": lambda outcome: (
-            "-" if outcome.bound is None else f"{outcome.bound:.4f}"
-        ),
+        "upper bound": lambda outcome: "-" if outcome.bound is None else f"{outcome.bound:.4f}",
         "realised on fresh prompts": lambda outcome: (
             f"{outcome.realised:.4f} ± {outcome.error:.4f}"
         ),

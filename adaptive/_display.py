@@ -94,7 +94,7 @@ class RiskPathDisplay:
                 color="C2",
                 markersize=16,
                 capsize=5,
-                label="certified, with a second test's bound",
+                label="certified, with its upper bound",
                 zorder=3,
             )
             handles.append(bar)

@@ -230,7 +230,7 @@ def _control(
     index = tested.rejected[-1] if tested.rejected else None
     chosen = _cheapest(tested.rejected, price)
     wanted = tested.visited if examiner.by_bounds else tested.rejected[-1:]
-    bounds = {j: examiner.upper_bounds(j) for j in wanted}
+    bounds = {j: _bounded(examiner, j, rejected=j in tested.rejected) for j in wanted}
     certificate = certificate_of(examiner, tested, bounds, price)
     count = sources[0].n_columns
     certified = mask_of(tested.rejected, count)
@@ -247,6 +247,19 @@ def _control(
         means=_spread(count, {j: v.means[0] for j, v in visits.items()}),
         certificate=certificate,
     )
+
+
+def _bounded(examiner: Examiner, column: int, *, rejected: bool) -> dict[str, float]:
+    """Upper bounds of a column's risks, at most the promise where the promise was certified.
+
+    If the true risk is above the promise, certifying it errs with probability at most delta; if
+    it is not, only the bound can err, with the same probability. So the smaller of the two errs no
+    more often than either.
+    """
+    bounds = examiner.upper_bounds(column)
+    if not rejected:
+        return bounds
+    return {source.name: min(bounds[source.name], source.risk) for source in examiner.sources}
 
 
 def _control_per_group(

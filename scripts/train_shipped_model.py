@@ -4,6 +4,7 @@ Run from the repository's root::
 
     python scripts/train_shipped_model.py train --steps 3000
     python scripts/train_shipped_model.py export adaptive/shipped
+    python scripts/train_shipped_model.py compare adaptive/shipped runs/again runs/other-seed
 
 Training resumes from `runs/shipped` after an interruption. The schedule is flat until the last
 part of `--steps`, so a run may be shortened or extended: start it again with another `--steps`.
@@ -472,6 +473,38 @@ def diary(run: Path, *, step: int) -> dict[str, Any]:
     }
 
 
+def figures(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, n: int
+) -> dict[str, dict[str, Any]]:
+    """Summaries on the same random blocks of held-out and of training modules for every run."""
+    sources = [module for module in stdlib_modules() if not module.is_test]
+    found = {}
+    for side, held in (("held_out", True), ("training", False)):
+        modules = [module for module in sources if module.held_out is held]
+        tokens, owners = sample_blocks(modules, tokenizer, n=n, seed=0)
+        found[side] = summarise(measure(model, tokens), owners)
+    return found
+
+
+def trained(run: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Model of a run's last checkpoint as it would be stored, its tokenizer, the checkpoint."""
+    state = torch.load(run / "last.pt", weights_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "tokenizer")
+    model = LlamaForCausalLM(model_config())
+    model.load_state_dict(state["model"])
+    # What is measured is what is stored.
+    return model.to(torch.bfloat16).float().eval(), tokenizer, state
+
+
+STORED = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+)
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -526,7 +559,7 @@ agreement is with the last layer's choice. In brackets: standard errors, package
 |---|---|---|---|---|---|
 {rows}
 
-**Spread.** The brackets cover the choice of evaluation text only.
+**Spread over runs.** The brackets cover the choice of evaluation text only.
 {spread}
 
 ## Limits
@@ -535,6 +568,27 @@ It has read little: its text has the shape of Python and rarely its sense, and g
 repeats itself. It is a subject for measurement, not a tool for writing code. The training text is
 the standard library's (PSF licence).
 """
+
+
+def spread(record: dict[str, Any]) -> str:
+    """Say how far other runs of the recipe came out from the exported one, over all layers."""
+    if not record["runs"]:
+        return "Other runs of this recipe were not measured."
+    rows = [
+        "| seed | hours | held-out loss | accuracy | largest difference at any layer: loss | of "
+        "accuracy | of agreement |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours = record["held_out"]
+    for run in record["runs"]:
+        theirs = run["held_out"]
+        apart = [
+            f"{np.abs(np.subtract(theirs[key], ours[key])).max():.3f}"
+            for key in ("loss", "accuracy", "agreement")
+        ]
+        last = (f"{theirs['loss'][-1]:.3f}", f"{theirs['accuracy'][-1]:.3f}")
+        rows.append("| " + " | ".join([str(run["seed"]), str(run["hours"]), *last, *apart]) + " |")
+    return "Complete runs of the same recipe, measured on the same blocks:\n\n" + "\n".join(rows)
 
 
 def card(record: dict[str, Any], *, config: LlamaConfig, size: int) -> str:
@@ -579,7 +633,7 @@ def card(record: dict[str, Any], *, config: LlamaConfig, size: int) -> str:
         exit_weight=recipe["exit_weight"],
         held_out_modules=record["held_out_modules"],
         pool=record["pool"],
-        spread=record["spread"],
+        spread=spread(record),
         rows="\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells),
     )
 
@@ -598,19 +652,11 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
 def export(
     folder: Annotated[Path, typer.Argument(help="Where the model goes; replaced as a whole.")],
     run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/shipped"),
-    n: Annotated[int, typer.Option(help="Blocks to measure on, of either side.")] = 400,
-    spread: Annotated[str, typer.Option(help="What is known of the spread over runs.")] = (
-        "Runs with other seeds were not\nmeasured."
-    ),
+    n: Annotated[int, typer.Option(help="Blocks to measure on, of either side.")] = 200,
 ) -> None:
     """Measure the run's last checkpoint and write model, figures and card."""
     torch.set_num_threads(1)
-    state = torch.load(run / "last.pt", weights_only=True)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "tokenizer")
-    model = LlamaForCausalLM(model_config())
-    model.load_state_dict(state["model"])
-    # What is measured is what is stored.
-    model.to(torch.bfloat16).float().eval()
+    model, tokenizer, state = trained(run)
     sources = [m for m in stdlib_modules() if not m.is_test]
     record: dict[str, Any] = {
         "recipe": state["recipe"],
@@ -624,16 +670,12 @@ def export(
         "stream_tokens": len(np.load(run / "stream.npy", mmap_mode="r")),
         "held_out_modules": sum(m.held_out for m in sources),
         "pool": len(held_out_functions(rng=np.random.default_rng(0))),
-        "spread": spread,
-    }
-    for side, held in (("held_out", True), ("training", False)):
-        modules = [m for m in sources if m.held_out is held]
-        tokens, owners = sample_blocks(modules, tokenizer, n=n, seed=0)
-        record[side] = summarise(measure(model, tokens), owners)
+        "runs": [],
+    } | figures(model, tokenizer, n=n)
     fresh = Path(tempfile.mkdtemp(dir=folder.resolve().parent, prefix=".export-"))
     write_model(model, tokenizer, fresh)
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    size = sum(path.stat().st_size for path in fresh.iterdir())
+    size = sum(path.stat().st_size for path in fresh.iterdir() if path.name in STORED)
     (fresh / "README.md").write_text(card(record, config=model.config, size=size))
     if folder.exists():
         shutil.rmtree(folder)
@@ -641,6 +683,32 @@ def export(
         path.chmod(0o644)
     fresh.chmod(0o755)
     fresh.rename(folder)
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="The exported model.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of other complete runs.")],
+) -> None:
+    """Measure other runs of the same recipe on the same blocks; state the spread in the card."""
+    torch.set_num_threads(1)
+    record = json.loads((folder / "training.json").read_text())
+    record.pop("spread", None)
+    record["runs"] = []
+    for run in runs:
+        model, tokenizer, state = trained(run)
+        theirs, ours = dict(state["recipe"]), dict(record["recipe"])
+        seed = theirs.pop("seed")
+        ours.pop("seed")
+        if theirs != ours or state["step"] != record["diary"]["steps_done"]:
+            raise typer.BadParameter(f"{run} is not a complete run of the exported recipe")
+        measured = figures(model, tokenizer, n=record["held_out"]["blocks"])
+        hours = diary(run, step=state["step"])["hours"]
+        record["runs"].append({"seed": seed, "hours": hours} | measured)
+    config = model_config()
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name in STORED)
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(card(record, config=config, size=size))
 
 
 if __name__ == "__main__":

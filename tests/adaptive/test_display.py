@@ -99,7 +99,7 @@ def test_plot_draws_on_the_axes_given(ax: Any) -> None:
     assert segment[:, 1].tolist() == pytest.approx([0.03, 0.08])  # from the mean to its bound
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts[1] == "promise 0.1"
-    assert "certified, with a second test's bound" in texts
+    assert "certified, with its upper bound" in texts
 
 
 def test_plot_makes_axes_of_its_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from adaptive.calibration import (
     Certificate,
@@ -331,3 +332,22 @@ def test_mappings_of_callables_are_read_lazily():
         control_risk({"a": a, "b": b[:, :3]}, risk=0.05)
     with pytest.raises(InvalidTypeError, match="a single value for a single loss"):
         control_risk(a, risk={"a": 0.05})
+
+
+def test_the_bound_of_a_certified_column_is_at_most_the_promise_and_covers():
+    """The bound comes from another test, which may be the weaker one: then the promise is it."""
+    n, risk, delta, rate, replicates = 200, 0.07, 0.05, 0.06, 400
+    clipped = missed = 0
+    for seed in range(replicates):
+        rng = np.random.default_rng(seed)
+        column = (rng.random(n) < 2 * rate) * rng.random(n)
+        result = control_risk(
+            np.stack([np.zeros(n), column], axis=1), risk=risk, delta=delta, rng=seed
+        )
+        if result.index is None:
+            continue
+        assert result.bounds[1] <= risk
+        clipped += result.bounds[1] == risk
+        missed += result.bounds[1] < rate
+    assert clipped > 0
+    assert missed <= stats.binom.ppf(0.999, replicates, delta)

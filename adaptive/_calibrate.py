@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
-from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
+from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_units
 from adaptive._exits import Exits, get_exits
 from adaptive._families import layers_of
 from adaptive._inputs import Units, read_units, tokenizer_of
@@ -39,8 +38,6 @@ from adaptive.calibration import (
 from adaptive.policies import Mode, Policy, ProbeScore, Threshold
 
 _log = logging.getLogger(__name__)
-#: Shares of the units used to train exits (only if the model has none) and to choose the path.
-_TRAIN_SHARE, _FIT_SHARE = 0.3, 0.3
 
 
 def calibrate(
@@ -228,7 +225,7 @@ def calibrate(
         n_test,
     )
     bench = _Bench(model, exits, deployment, split, family, measured, tier, progress)
-    facts = _Facts(
+    facts = Facts(
         fingerprints=fingerprints(model, exits)
         | _data_fingerprints(units, tokenizer, model, dataset),
         decoding={"mode": family.mode} | settings,
@@ -240,7 +237,7 @@ def calibrate(
         why = (
             f"Too few units: the test split has {n_test}, and this promise needs at least "
             f"{needed} in the test even if "
-            f"every loss is zero (about {_total_units(needed)} prompts in all)."
+            f"every loss is zero (about {total_units(needed)} prompts in all)."
         )
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     path = bench.path(risk=risk, members=members)
@@ -260,17 +257,6 @@ def calibrate(
     return bench.certify(
         path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=int(rng)
     )
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What the certificate records beside the statistics."""
-
-    fingerprints: dict[str, Any]
-    decoding: dict[str, Any]
-    split: dict[str, Any]
-    pool: str | None
-    unit: str
 
 
 @dataclass(frozen=True)
@@ -306,7 +292,7 @@ def _split(
     repeated = len(units) - len(distinct)
     exits, trained = get_exits(model), 0
     if exits is None:
-        shaping, distinct = _parted(distinct, _TRAIN_SHARE, rng)
+        shaping, distinct = parted(distinct, TRAIN_SHARE, rng)
         trained = len(shaping)
         exits = train_exits(
             model,
@@ -324,28 +310,8 @@ def _split(
         raise InvalidArgumentError(
             "dataset", f"{len(kept)} distinct prompts that did not shape the exits", "at least 2"
         )
-    fit, test = _parted(distinct.select(kept), _FIT_SHARE, rng + 1)
+    fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
     return _Split(exits, fit, test, trained, overlapping, repeated)
-
-
-def _parted(units: Units, share: float, rng: int) -> tuple[Units, Units]:
-    """Part units at random, clusters kept together."""
-    rows = np.arange(len(units))
-    if units.groups is None:
-        splitter = ShuffleSplit(n_splits=1, train_size=_share(share, len(units)), random_state=rng)
-        first, second = next(splitter.split(rows))
-    else:
-        count = len(np.unique(units.groups))
-        if count < 2:
-            raise InvalidArgumentError("groups", "a single cluster", "at least two clusters")
-        apart = GroupShuffleSplit(n_splits=1, train_size=_share(share, count), random_state=rng)
-        first, second = next(apart.split(rows, groups=units.groups))
-    return units.select(first), units.select(second)
-
-
-def _share(share: float, count: int) -> int:
-    """Return a share of a count, at least one and not all."""
-    return min(max(1, int(share * count)), count - 1)
 
 
 @dataclass(frozen=True)
@@ -423,7 +389,7 @@ class _Bench:
     def certify(
         self,
         path: Path,
-        facts: _Facts,
+        facts: Facts,
         *,
         risk: float,
         delta: float,
@@ -462,7 +428,7 @@ class _Bench:
             loss=self.loss.name,
             unit="prompt",
         )
-        certificate = _completed(result.certificate, facts)
+        certificate = facts.completed(result.certificate)
         walked = {
             "mean_depth": depths,
             "knobs": [str(knob) for knob in path.knobs],
@@ -532,7 +498,7 @@ class _Bench:
         found: dict[str, float] = again.certificate.evidence["upper_bound"]
         return found
 
-    def nothing(self, facts: _Facts, *, risk: float, delta: float, n: int, why: str) -> Policy:
+    def nothing(self, facts: Facts, *, risk: float, delta: float, n: int, why: str) -> Policy:
         """Return full computation and a certificate that says why."""
         certificate = Certificate(
             holds=False,
@@ -551,7 +517,7 @@ class _Bench:
             notes=(why,),
         )
         never = self.family.member(float("inf"))
-        return replace(never, certificate=_completed(certificate, facts))
+        return replace(never, certificate=facts.completed(certificate))
 
 
 def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> float:
@@ -561,33 +527,12 @@ def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> 
     return float(depth[later].mean()) if later.size else float(layers)
 
 
-def _completed(certificate: Certificate, facts: _Facts) -> Certificate:
-    """Add what only this floor knows."""
-    assumptions = certificate.assumptions
-    if facts.pool is not None:
-        assumptions = (*assumptions, f"prompts were drawn at random from the pool {facts.pool!r}")
-    return replace(
-        certificate,
-        assumptions=assumptions,
-        split=certificate.split | facts.split,
-        fingerprints=certificate.fingerprints | facts.fingerprints,
-        decoding=facts.decoding,
-        versions=certificate.versions
-        | {"torch": torch.__version__, "transformers": transformers.__version__},
-    )
-
-
 def _test_of(loss: UnitLoss, method: str) -> dict[str, Any]:
     return {
         "method": method,
         "loss_type": "binary" if loss.binary else "bounded",
         "bound": loss.bound,
     }
-
-
-def _total_units(needed: int) -> int:
-    """Prompts to bring so that the test split has enough."""
-    return int(np.ceil(needed / (1 - _FIT_SHARE))) + 1
 
 
 def _data_fingerprints(

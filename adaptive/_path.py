@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from adaptive.calibration import Trace
 from adaptive.policies import Policy, exit_stages
 
 #: How finely the knob is searched on the fit split.
-_GRID = 96
+GRID = 96
 #: Predicted risks at which members are placed, in units of the promise.
 _FIRST, _LAST = 0.4, 1.2
 
@@ -52,10 +53,27 @@ def choose_path(
     any_token : bool
         Predict the share of units with any disagreement, not the share of tokens.
     """
-    knobs = policy.rule.knobs(trace, size=_GRID)
+    knobs = policy.rule.knobs(trace, size=GRID)
     predicted = np.array(
         [_predicted(policy.member(knob), trace, any_token=any_token) for knob in knobs]
     )
+    return place_members(knobs, predicted, risk=risk, members=members)
+
+
+def place_members(
+    knobs: Sequence[float], predicted: NDArray[np.float64], *, risk: float, members: int
+) -> Path:
+    """Keep, of candidates from safest to cheapest, the cheapest within each part of the promise.
+
+    Parameters
+    ----------
+    knobs : sequence of float
+        The first never stops early.
+    predicted : ndarray [n_knobs]
+        Their mean loss on the fit split; that of the first is at most 0.
+    risk, members
+        As for :func:`choose_path`.
+    """
     chosen = [0]
     for part in np.linspace(_FIRST, _LAST, members):
         cheapest = int(np.flatnonzero(predicted <= part * risk).max())

@@ -30,6 +30,7 @@ from adaptive import (
     minimum_units,
 )
 from adaptive._deployment import Deployment
+from adaptive._evidence import total_units
 from adaptive._fingerprint import tokens_hash
 from adaptive._inputs import read_units
 from adaptive._output import AdaptiveOutput
@@ -308,7 +309,7 @@ def test_a_handful_of_prompts_is_no_error(model: Any, prompts: list[list[int]], 
 def test_the_number_of_prompts_named_is_enough(model: Any, tools: SimpleNamespace) -> None:
     """As many prompts as the certificate asks for pass the first gate."""
     needed = minimum_units(0.4, 0.2, loss_type="binary")
-    total = module._total_units(needed)
+    total = total_units(needed)
     enough = run(model, tools.prompts(total, seed=77), 0.4, 0.2, loss="departure", members=1)
     assert enough.certificate.split["n_test"] >= needed
     assert not any("Too few" in note for note in enough.certificate.notes)

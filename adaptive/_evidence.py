@@ -1,0 +1,96 @@
+"""What calibrations of every kind of model share: the split, and the facts of a certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
+
+from adaptive.calibration import Certificate, InvalidArgumentError
+
+#: Shares of the units used to train exits (only if the model has none) and to choose the path.
+TRAIN_SHARE, FIT_SHARE = 0.3, 0.3
+
+
+class Parts(Protocol):
+    """Units that can be split."""
+
+    @property
+    def groups(self) -> NDArray[Any] | None:
+        """Cluster of each unit."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, index: NDArray[np.intp], /) -> Self:
+        """Return the units at these positions."""
+
+
+UnitsT = TypeVar("UnitsT", bound=Parts)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the certificate records beside the statistics.
+
+    Parameters
+    ----------
+    fingerprints, decoding, split : dict
+        As in :class:`Certificate`.
+    pool : str or None
+        Named pool that units were drawn from.
+    unit, noun : str
+        What the test counts, and what one row of the dataset is called.
+    """
+
+    fingerprints: dict[str, Any]
+    decoding: dict[str, Any]
+    split: dict[str, Any]
+    pool: str | None
+    unit: str
+    noun: str = "prompt"
+
+    def completed(self, certificate: Certificate) -> Certificate:
+        """Add to a certificate what only this floor knows."""
+        assumptions = certificate.assumptions
+        if self.pool is not None:
+            drawn = f"{self.noun}s were drawn at random from the pool {self.pool!r}"
+            assumptions = (*assumptions, drawn)
+        return replace(
+            certificate,
+            assumptions=assumptions,
+            split=certificate.split | self.split,
+            fingerprints=certificate.fingerprints | self.fingerprints,
+            decoding=self.decoding,
+            versions=certificate.versions
+            | {"torch": torch.__version__, "transformers": transformers.__version__},
+        )
+
+
+def parted(units: UnitsT, share: float, rng: int) -> tuple[UnitsT, UnitsT]:
+    """Part units at random, clusters kept together."""
+    rows = np.arange(len(units))
+    if units.groups is None:
+        splitter = ShuffleSplit(n_splits=1, train_size=_share(share, len(units)), random_state=rng)
+        first, second = next(splitter.split(rows))
+    else:
+        count = len(np.unique(units.groups))
+        if count < 2:
+            raise InvalidArgumentError("groups", "a single cluster", "at least two clusters")
+        apart = GroupShuffleSplit(n_splits=1, train_size=_share(share, count), random_state=rng)
+        first, second = next(apart.split(rows, groups=units.groups))
+    return units.select(first), units.select(second)
+
+
+def total_units(needed: int) -> int:
+    """Units to bring so that the test split has enough."""
+    return int(np.ceil(needed / (1 - FIT_SHARE))) + 1
+
+
+def _share(share: float, count: int) -> int:
+    """Return a share of a count, at least one and not all."""
+    return min(max(1, int(share * count)), count - 1)

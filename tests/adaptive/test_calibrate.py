@@ -609,7 +609,7 @@ def _choose(variant: str, rng: np.random.Generator, risk: float, delta: float) -
 def test_path_and_test_together_keep_the_promise(
     variant: str, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaptive._path._GRID", 12)
+    monkeypatch.setattr("adaptive._path.GRID", 12)
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     risk, delta, replicates = 0.1, 0.05, 100
     rng = np.random.default_rng(8)

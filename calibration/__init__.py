@@ -1,5 +1,14 @@
 """Statistics for adaptive computation: arrays in, certificates out (no torch)."""
 
+from adaptive.calibration._audits import (
+    AbstractAudits,
+    EvidenceAudits,
+    ScoreAudits,
+    UniformAudits,
+    audit_coins,
+    corrected_losses,
+    corrected_range,
+)
 from adaptive.calibration._bands import berk_jones_levels, dkw_levels, no_crossing_probability
 from adaptive.calibration._bernstein import (
     maurer_pontil_log_p,
@@ -43,6 +52,21 @@ from adaptive.calibration._conformal import (
     conformal_risk_control,
 )
 from adaptive.calibration._control import RiskControlResult, control_risk
+from adaptive.calibration._detection_plan import DetectionPlan, plan_detection
+from adaptive.calibration._detector_trial import (
+    DetectorTrial,
+    OnlineMonitor,
+    try_detector,
+    try_monitor,
+)
+from adaptive.calibration._drift import ScoreDrift
+from adaptive.calibration._early_warning import (
+    EarlyWarningSignals,
+    MovingIndicators,
+    MovingIndicatorState,
+    early_warning_signals,
+)
+from adaptive.calibration._edetector import EDetectorState, combine_evidence
 from adaptive.calibration._eprocess import EProcessState, MeanEProcess
 from adaptive.calibration._errors import (
     AdaptiveError,
@@ -60,6 +84,7 @@ from adaptive.calibration._exit_rates import (
     marginal_thresholds,
     survivor_thresholds,
 )
+from adaptive.calibration._expected_loss import ExpectedLossCurve
 from adaptive.calibration._halting import HaltTimeResult, certify_halting, screen_halting
 from adaptive.calibration._hoeffding import (
     bentkus_log_p,
@@ -79,6 +104,11 @@ from adaptive.calibration._mixture import (
     constant_bet_log_wealth,
     mixture_log_p,
     mixture_upper_bound,
+)
+from adaptive.calibration._monitor import (
+    AbstractRiskMonitor,
+    LifetimeRiskMonitor,
+    RiskMonitor,
 )
 from adaptive.calibration._pareto import SplitControlResult, control_risk_split, pareto_front
 from adaptive.calibration._planning import minimum_units, plan_units
@@ -102,6 +132,7 @@ from adaptive.calibration._procedures import (
     Holm,
     UpperBoundWalk,
 )
+from adaptive.calibration._recovery import RecoveryTest
 from adaptive.calibration._reliability import (
     ReliabilityCurve,
     brier_score,
@@ -117,6 +148,7 @@ from adaptive.calibration._risk_curve import (
     stop_stages,
 )
 from adaptive.calibration._risk_test import AbstractRiskTest
+from adaptive.calibration._river import river_detector
 from adaptive.calibration._sequential_control import (
     ColumnRecord,
     SequentialResult,
@@ -124,12 +156,22 @@ from adaptive.calibration._sequential_control import (
     control_sequentially,
     verify_sequential,
 )
+from adaptive.calibration._slowing_down import SlowingDown, SlowingDownState
 from adaptive.calibration._sprt import (
     SPRT,
     OperatingCharacteristics,
     SPRTState,
     TruncatedSPRT,
     truncated_sprt,
+)
+from adaptive.calibration._streams import (
+    AbstractStream,
+    BernoulliStream,
+    BetaStream,
+    BurstyStream,
+    RampStream,
+    simulate_fold,
+    simulate_ou,
 )
 from adaptive.calibration._sum_tests import (
     Bentkus,
@@ -159,6 +201,7 @@ from adaptive.calibration._trace_arrow import (
     write_trace_parquet,
 )
 from adaptive.calibration._trace_io import load_trace, save_trace
+from adaptive.calibration._tracking import RiskTracker, TrackingState
 from adaptive.calibration._transformed_losses import (
     TransformedLosses,
     prediction_powered_losses,
@@ -169,17 +212,23 @@ from adaptive.calibration._transformed_losses import (
 
 __all__ = [
     "SPRT",
+    "AbstractAudits",
     "AbstractProcedure",
+    "AbstractRiskMonitor",
     "AbstractRiskTest",
+    "AbstractStream",
     "AbstractTailRisk",
     "AdaptiveError",
     "Bentkus",
+    "BernoulliStream",
     "BetaCalibration",
     "BetaMixture",
     "BetaMixtureModel",
+    "BetaStream",
     "BettingSequence",
     "Bonferroni",
     "BudgetSpentError",
+    "BurstyStream",
     "Certificate",
     "CertificateError",
     "CertificateMismatchError",
@@ -188,9 +237,15 @@ __all__ = [
     "ConformalResult",
     "DeltaLedger",
     "DepartureCurve",
+    "DetectionPlan",
+    "DetectorTrial",
+    "EDetectorState",
     "EProcessState",
+    "EarlyWarningSignals",
     "EmpiricalBernsteinSequence",
+    "EvidenceAudits",
     "ExactBinomial",
+    "ExpectedLossCurve",
     "FixedSequence",
     "Graph",
     "GrowthBets",
@@ -204,32 +259,47 @@ __all__ = [
     "Isotonic",
     "KLHoeffding",
     "LedgerEntry",
+    "LifetimeRiskMonitor",
     "LossHistogram",
     "MaurerPontil",
     "MeanEProcess",
     "MixtureBets",
+    "MovingIndicatorState",
+    "MovingIndicators",
     "NormalApproximation",
+    "OnlineMonitor",
     "OperatingCharacteristics",
     "Platt",
     "PredictableBets",
     "Quantile",
+    "RampStream",
+    "RecoveryTest",
     "ReliabilityCurve",
     "RiskControlResult",
     "RiskCurve",
+    "RiskMonitor",
+    "RiskTracker",
     "SPRTState",
+    "ScoreAudits",
+    "ScoreDrift",
     "SequentialResult",
+    "SlowingDown",
+    "SlowingDownState",
     "SplitControlResult",
     "TailResult",
     "TargetBets",
     "Temperature",
     "Trace",
+    "TrackingState",
     "TransformedLosses",
     "TruncatedSPRT",
+    "UniformAudits",
     "UnsupportedError",
     "UpperBoundWalk",
     "Verdict",
     "agrapa_log_p",
     "agrapa_upper_bound",
+    "audit_coins",
     "average_e",
     "bentkus_log_p",
     "bentkus_upper_bound",
@@ -243,6 +313,7 @@ __all__ = [
     "bonferroni",
     "brier_score",
     "certify_halting",
+    "combine_evidence",
     "conformal_minimum_units",
     "conformal_risk_control",
     "consistency_threshold",
@@ -251,9 +322,12 @@ __all__ = [
     "control_risk_split",
     "control_sequentially",
     "control_tail",
+    "corrected_losses",
+    "corrected_range",
     "departure_curve",
     "dkw_levels",
     "e_to_log_p",
+    "early_warning_signals",
     "exit_rate_rank",
     "exit_rate_threshold",
     "expected_calibration_error",
@@ -292,6 +366,7 @@ __all__ = [
     "normal_upper_bound",
     "p_to_log_e",
     "pareto_front",
+    "plan_detection",
     "plan_units",
     "prediction_powered_losses",
     "quantile_rank",
@@ -299,9 +374,12 @@ __all__ = [
     "read_trace_parquet",
     "reliability_curve",
     "risk_curve",
+    "river_detector",
     "save_trace",
     "screen_halting",
     "shifted_losses",
+    "simulate_fold",
+    "simulate_ou",
     "star_log_p",
     "star_upper_bound",
     "stop_stages",
@@ -310,6 +388,8 @@ __all__ = [
     "trace_from_arrow",
     "trace_to_arrow",
     "truncated_sprt",
+    "try_detector",
+    "try_monitor",
     "tune_power",
     "verify_sequential",
     "write_trace_parquet",

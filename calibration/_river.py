@@ -1,0 +1,50 @@
+"""Detectors of the river library beside ours (extra ``river``)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
+
+NAMES = {
+    "ADWIN": "river.drift",
+    "KSWIN": "river.drift",
+    "PageHinkley": "river.drift",
+    "DDM": "river.drift.binary",
+    "EDDM": "river.drift.binary",
+    "FHDDM": "river.drift.binary",
+    "HDDM_A": "river.drift.binary",
+    "HDDM_W": "river.drift.binary",
+}
+
+
+def river_detector(name: str, **settings: Any) -> Any:
+    """Return a detector of `river` by its class name, for `try_detector` or for its own use.
+
+    Parameters
+    ----------
+    name : str
+        ADWIN, KSWIN, PageHinkley, DDM, EDDM, FHDDM, HDDM_A or HDDM_W. The last six want 0/1 losses.
+    settings
+        Passed on.
+
+    Raises
+    ------
+    UnsupportedError
+        If river is not installed: ``pip install 'adaptive-control[river]'``.
+
+    Notes
+    -----
+    They estimate their reference from the stream itself and state no error for a whole run:
+    choose settings by putting them on trial on quiet streams like yours.
+    """
+    if name not in NAMES:
+        raise InvalidArgumentError("name", name, f"one of {', '.join(NAMES)}")
+    try:
+        module = importlib.import_module(NAMES[name])
+    except ImportError as error:
+        raise UnsupportedError(
+            "river's detectors need river: pip install 'adaptive-control[river]'"
+        ) from error
+    return getattr(module, name)(**settings)

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from adaptive._exits import get_exits as get_exits
     from adaptive._generate import generate as generate
     from adaptive._output import AdaptiveOutput as AdaptiveOutput
+    from adaptive._predict import predict as predict
     from adaptive._trace_model import collect_trace as collect_trace
     from adaptive._train import ExitTraining as ExitTraining
     from adaptive._train import train_exits as train_exits
     from adaptive.calibration import AdaptiveError as AdaptiveError
     from adaptive.calibration import Certificate as Certificate
-    from adaptive.calibration import CertificateError as CertificateError
     from adaptive.calibration import CertificateMismatchError as CertificateMismatchError
     from adaptive.calibration import InvalidArgumentError as InvalidArgumentError
     from adaptive.calibration import Trace as Trace
@@ -48,7 +48,6 @@ _HOMES = {
     "AdaptiveError": "adaptive.calibration",
     "AdaptiveOutput": "adaptive._output",
     "Certificate": "adaptive.calibration",
-    "CertificateError": "adaptive.calibration",
     "CertificateMismatchError": "adaptive.calibration",
     "ExitTraining": "adaptive._train",
     "Exits": "adaptive._exits",
@@ -71,6 +70,7 @@ _HOMES = {
     "get_exits": "adaptive._exits",
     "minimum_units": "adaptive.calibration",
     "plan_units": "adaptive.calibration",
+    "predict": "adaptive._predict",
     "train_exits": "adaptive._train",
 }
 _FLOORS = ("calibration", "policies")

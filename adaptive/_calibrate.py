@@ -13,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaptive._calibrate_classifier import calibrate_classifier
+from adaptive._classifier_losses import ClassLoss, ClassLossName
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
+from adaptive._encoders import is_classifier
 from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_units
 from adaptive._exits import Exits, get_exits
 from adaptive._families import layers_of
@@ -23,9 +26,11 @@ from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_l
 from adaptive._path import Path, choose_path
 from adaptive._runs import Run, full_depth, run_units
 from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
+from adaptive._stages import is_staged
 from adaptive._tier import Tier
 from adaptive._timing import seconds_per_token
 from adaptive._train import ExitTraining, train_exits
+from adaptive._train_classifier import ClassifierTraining
 from adaptive.calibration import (
     Certificate,
     DeltaLedger,
@@ -41,13 +46,13 @@ _log = logging.getLogger(__name__)
 
 
 def calibrate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Any,
     dataset: Any,
     risk: float = 0.05,
     delta: float = 0.05,
     *,
     policy: Policy | None = None,
-    loss: LossName | SequenceLoss = "disagreement",
+    loss: LossName | SequenceLoss | ClassLossName | ClassLoss = "disagreement",
     reduction: Reduction = "mean",
     bound: float | None = None,
     method: str = "auto",
@@ -59,7 +64,7 @@ def calibrate(
     members: int = 8,
     column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    training: ExitTraining | None = None,
+    training: ExitTraining | ClassifierTraining | None = None,
     device: torch.device | str | None = None,
     tier: Tier | None = None,
     ledger: DeltaLedger | None = None,
@@ -82,12 +87,14 @@ def calibrate(
 
     Parameters
     ----------
-    model : PreTrainedModel
-        A causal language model. If it has no exits, some are trained on a share of the prompts.
+    model
+        A causal language model; or a classifier, as :func:`predict` takes it: a Hugging Face
+        encoder, anything that yields the logits of its stages, a list of models. If a Hugging Face
+        model has no exits, some are trained on a share of the prompts (inputs).
     dataset
         Prompts: a list of strings or chat conversations, a ``datasets.Dataset``, a DataLoader of
         tokenised batches, or an iterable of dicts (see ``column``). Each is one unit. Equal
-        prompts count once.
+        prompts count once. For a classifier: inputs, or ``(inputs, labels)``; see the notes.
     risk : float
         The promise, in (0, bound).
     delta : float
@@ -100,7 +107,10 @@ def calibrate(
         the same own prefix. ``"departure"``: 1 if the text departs from the full model's at all.
         ``"token_f1"``, ``"rouge_l"``, ``"edit"``: distance of the text from the full model's. Or
         ``loss(early, full, reference)`` on token ids, at most ``bound``; it may be negative where
-        early is better.
+        early is better. For a classifier: ``"disagreement"`` with the full model;
+        ``"excess_error"``, error minus the full model's (needs labels); ``"error"`` (needs labels,
+        and full computation is tested too); or ``loss(early, full, labels)`` on logits
+        ``[rows, classes]``.
     reduction : {"mean", "any"}
         How token disagreements become a unit's loss: their share, or whether there is any (the
         same as ``"departure"``). Losses between texts are not reduced.
@@ -168,12 +178,45 @@ def calibrate(
     full-depth generation and one pass over the fit split, one generation of the test split per
     member visited.
 
+    Classifiers: datasets are tensors, arrays or lists of inputs, ``(inputs, labels)``,
+    DataLoaders, ``datasets.Dataset`` with a label column, or texts for a Hugging Face encoder.
+    The promise is about inputs; ``mode``, ``reduction``, ``new_tokens``, ``tier`` and settings of
+    generation do not apply. Members of the path are run for real on the test split, in batches of
+    ``batch_size``, and their time is measured so.
+
     References
     ----------
     .. [1] Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test: calibrating predictive
        algorithms to achieve risk control", Annals of Applied Statistics 19(2), 2025.
        doi:10.1214/24-AOAS1998
     """
+    if is_classifier(model) or is_staged(model):
+        if mode is not None or tier is not None or reduction != "mean" or generation:
+            given = f"mode={mode!r}, tier={tier!r}, reduction={reduction!r}, {sorted(generation)}"
+            raise InvalidArgumentError("settings of generation", given, "left out for a classifier")
+        return calibrate_classifier(
+            model,
+            dataset,
+            risk,
+            delta,
+            policy=policy,
+            loss=loss,  # type: ignore[arg-type]  # its names are checked there
+            bound=bound,
+            method=method,
+            groups=groups,
+            pool=pool,
+            batch_size=batch_size,
+            members=members,
+            column=column,
+            tokenizer=tokenizer,
+            training=training,
+            device=device,
+            ledger=ledger,
+            rng=rng,
+            progress=progress,
+        )
+    if training is not None and not isinstance(training, ExitTraining):
+        raise InvalidTypeError("training", training, "an ExitTraining")
     if mode == "verify" or (mode is None and policy is not None and policy.mode == "verify"):
         raise UnsupportedError(
             "`verify` mode has no risk to calibrate: its text is the full model's under any "
@@ -186,7 +229,7 @@ def calibrate(
         raise InvalidTypeError("rng", rng, "an integer seed")
     if members < 1:
         raise InvalidArgumentError("members", members, "an integer >= 1")
-    measured = unit_loss(loss, bound=bound, reduction=reduction)
+    measured = unit_loss(loss, bound=bound, reduction=reduction)  # type: ignore[arg-type]
     needed = minimum_units(risk, delta, **_test_of(measured, method))
     given = getattr(generation.get("generation_config"), "do_sample", None)
     generation.setdefault("do_sample", bool(given))

@@ -70,13 +70,13 @@ def place_members(
     knobs : sequence of float
         The first never stops early.
     predicted : ndarray [n_knobs]
-        Their mean loss on the fit split; that of the first is at most 0.
+        Their mean loss on the fit split.
     risk, members
         As for :func:`choose_path`.
     """
     chosen = [0]
     for part in np.linspace(_FIRST, _LAST, members):
-        cheapest = int(np.flatnonzero(predicted <= part * risk).max())
+        cheapest = int(np.flatnonzero(predicted <= part * risk).max(initial=0))
         if cheapest > chosen[-1]:
             chosen.append(cheapest)
     return Path(tuple(knobs[i] for i in chosen), predicted[chosen])

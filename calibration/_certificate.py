@@ -83,11 +83,15 @@ class Certificate:
         """Return the promise as one paragraph of plain words, its limits included."""
         reasons = " ".join(self.notes)
         if not self.holds:
+            tested = self.evidence.get("full_computation_tested", False)
+            subject = "Nothing" if tested else "Nothing beyond full computation"
+            without = (
+                "it has no certificate either" if tested else "its loss is zero by construction"
+            )
             return (
-                f"Nothing beyond full computation is certified at {self._promise()} "
+                f"{subject} is certified at {self._promise()} "
                 f"(delta = {self.delta:g}, {self.n} {self.unit}s, {self.method} test, "
-                f"{self.procedure}). Full computation is used: its loss is zero by construction. "
-                f"{reasons}"
+                f"{self.procedure}). Full computation is used: {without}. {reasons}"
             ).strip()
         knob = "" if self.knob is None else f" (knob {self.knob:.6g})"
         assumed = "; ".join(self.assumptions)

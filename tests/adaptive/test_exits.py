@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from adaptive import (
-    CertificateError,
     Exits,
     InvalidArgumentError,
     NoExitsError,
@@ -31,6 +30,7 @@ from adaptive._fingerprint import (
     text_hash,
     tokens_hash,
 )
+from adaptive.calibration import CertificateError
 
 
 def _filled(helpers: ModuleType, *, rank: int = 2) -> tuple[Any, Exits]:

@@ -1,0 +1,180 @@
+"""Exits of an encoder: one linear classifier and one probe after each of some layers."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaptive._encoders import encoder_layers
+from adaptive._exits import ExitsRecord, default_layers
+from adaptive._fingerprint import lineage, related, tensors_fingerprint
+from adaptive.calibration import CertificateError, InvalidArgumentError
+
+_CONFIG, _WEIGHTS = "classifier_exits.json", "classifier_exits.safetensors"
+_SCHEMA = 1
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, ClassifierExits] = weakref.WeakKeyDictionary()
+
+
+class ClassifierExits(nn.Module):
+    """Exits after chosen layers of a classification model.
+
+    An exit reads the hidden state of the first position beside the mean over all positions that
+    are not padding. A linear classifier gives its answer, a linear probe the logit of that answer
+    being the full model's.
+
+    Parameters
+    ----------
+    layers : sequence of int
+        Number of layers below each exit, ascending, each in 1..L-1.
+    width : int
+        Width of the encoder.
+    classes : int
+        Number of classes.
+    record : ExitsRecord
+        Model they belong to, hashes of the units that shaped them, training settings.
+
+    Attributes
+    ----------
+    weight, bias : Tensor, float32 [n_exits, classes, 2 width] and [n_exits, classes]
+    probe_weight, probe_bias : Tensor, float32 [n_exits, 2 width] and [n_exits]
+    """
+
+    def __init__(
+        self, layers: Sequence[int], width: int, *, classes: int, record: ExitsRecord
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(int(layer) for layer in layers)
+        self.record = record
+        count = len(self.layers)
+        self.weight = nn.Parameter(torch.zeros(count, classes, 2 * width), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(count, classes), requires_grad=False)
+        self.probe_weight = nn.Parameter(torch.zeros(count, 2 * width), requires_grad=False)
+        self.probe_bias = nn.Parameter(torch.zeros(count), requires_grad=False)
+
+    @property
+    def width(self) -> int:
+        """Width of the encoder."""
+        return self.weight.shape[2] // 2
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.weight.shape[1]
+
+    def logits(self, exit: int, summary: Tensor) -> Tensor:
+        """Answer of an exit, float32 [rows, classes], from ``summary [rows, 2 width]``."""
+        found: Tensor = summary @ self.weight[exit].T + self.bias[exit]
+        return found
+
+    def probe(self, exit: int, summary: Tensor) -> Tensor:
+        """Logit of agreement with the full model, float32 [rows]."""
+        found: Tensor = summary @ self.probe_weight[exit] + self.probe_bias[exit]
+        return found
+
+    def fingerprint(self) -> str:
+        """Hash places and weights."""
+        return f"{'-'.join(map(str, self.layers))}:{tensors_fingerprint(self.named_parameters())}"
+
+    def attach(self, model: PreTrainedModel) -> Self:
+        """Give these exits to a model; they are remembered beside it, the model does not change.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If they belong to another model.
+        """
+        encoder_layers(model)
+        if not related(self.record.model, lineage(model)):
+            raise InvalidArgumentError(
+                "exits",
+                f"exits of model {self.record.model}",
+                f"exits of this model in any precision, {lineage(model)}",
+            )
+        _attached[model] = self.to(model.device)
+        return self
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write JSON and safetensors into ``directory``, beside the model."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"schema": _SCHEMA, "layers": list(self.layers), "width": self.width}
+        config |= {"classes": self.classes, "record": asdict(self.record)}
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        text = (json.dumps(config, indent=2) + "\n").encode()
+        for name, content in ((_WEIGHTS, save(tensors)), (_CONFIG, text)):
+            partial = folder / f".{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read exits saved by :meth:`save_pretrained`.
+
+        Raises
+        ------
+        CertificateError
+            If there are none, or they are damaged or of an unknown schema.
+        """
+        folder = Path(directory)
+        try:
+            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            weights = load_file(folder / _WEIGHTS)
+        except FileNotFoundError as error:
+            raise CertificateError(
+                f"no classifier exits in {folder}: {_CONFIG} and {_WEIGHTS} are needed"
+            ) from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CertificateError(f"the exits in {folder} are not readable: {error}") from error
+        schema = config.get("schema") if isinstance(config, dict) else type(config).__name__
+        if schema != _SCHEMA:
+            raise CertificateError(f"exits schema {schema!r} is not readable by this version")
+        try:
+            raw = config["record"]
+            record = ExitsRecord(raw["model"], tuple(raw["units"]), raw["settings"])
+            exits = cls(config["layers"], config["width"], classes=config["classes"], record=record)
+            exits.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CertificateError(f"the exits in {folder} are damaged: {reason}") from error
+        return exits
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> ClassifierExits | None:
+        """Return a model's exits: attached ones, or those saved where it was loaded from."""
+        if model not in _attached:
+            home = getattr(model.config, "_name_or_path", "")
+            if not home or not (Path(home) / _CONFIG).is_file():
+                return None
+            ClassifierExits.from_pretrained(home).attach(model)
+        return _attached[model]
+
+
+def untrained_exits(model: PreTrainedModel, layers: Sequence[int] | None) -> ClassifierExits:
+    """Return exits of zeros after some layers, by default a quarter, a half, three quarters.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a layer is out of range.
+    """
+    total = encoder_layers(model)
+    if total < 2:
+        raise InvalidArgumentError("model", "one layer", "a model of at least two layers")
+    chosen = default_layers(total) if layers is None else tuple(int(layer) for layer in layers)
+    rising = all(a < b for a, b in pairwise(chosen))
+    if not chosen or not rising or chosen[0] < 1 or chosen[-1] >= total:
+        raise InvalidArgumentError("layers", chosen, f"ascending layer counts in 1..{total - 1}")
+    config: Any = model.config
+    record = ExitsRecord(model=lineage(model))
+    return ClassifierExits(chosen, config.hidden_size, classes=config.num_labels, record=record)

@@ -192,8 +192,10 @@ def calibrate(
     """
     if is_classifier(model) or is_staged(model):
         if mode is not None or tier is not None or reduction != "mean" or generation:
-            given = f"mode={mode!r}, tier={tier!r}, reduction={reduction!r}, {sorted(generation)}"
-            raise InvalidArgumentError("settings of generation", given, "left out for a classifier")
+            foreign = f"mode={mode!r}, tier={tier!r}, reduction={reduction!r}, {sorted(generation)}"
+            raise InvalidArgumentError(
+                "settings of generation", foreign, "left out for a classifier"
+            )
         return calibrate_classifier(
             model,
             dataset,

@@ -197,8 +197,7 @@ class ScoreDrift:
         bets = np.where(limits < 1.0, 1.0 / limits, 0.0)[:, None] * _FRACTIONS
         gains = np.where(on[:, None], table - limits, 0.0)
         factors = (1.0 + gains[:, :, None] * bets).reshape(state.statistics.shape)
-        ceiling = self.threshold / self._weights().min()
-        moved = advance(state.statistics, factors, weight=1.0, ceiling=ceiling)
+        moved = advance(state.statistics, factors, weight=1.0, threshold=self.threshold)
         statistics = np.where(on[:, None], moved, state.statistics)
         units = state.units + on
         after = EDetectorState(statistics, units, state.labelled, state.first_alarm)

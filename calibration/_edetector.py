@@ -32,6 +32,7 @@ from adaptive.calibration._validation import check_count
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+_CEILING = 1e9  # times the threshold, where the alarm has long been on
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +69,9 @@ def fresh_state(streams: int, n_bets: int) -> EDetectorState:
     return EDetectorState(np.zeros((streams, n_bets)), counts, counts, counts)
 
 
-def advance(statistics: Array, factors: Array, *, weight: float | Array, ceiling: float) -> Array:
-    """Return ``factors * (statistics + weight)`` [n_streams, n_bets], at most `ceiling`."""
-    return np.minimum(factors * (statistics + weight), ceiling)
+def advance(statistics: Array, factors: Array, *, weight: float | Array, threshold: float) -> Array:
+    """Return ``factors * (statistics + weight)`` [n_streams, n_bets], finite after an alarm."""
+    return np.minimum(factors * (statistics + weight), _CEILING * threshold)
 
 
 def restarted(state: EDetectorState, streams: ArrayLike) -> EDetectorState:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._hoeffding import invert_log_p
@@ -158,13 +157,22 @@ class ExpectedLossCurve:
 
 def _ratio_limits(shares: Array, means: Array, delta: float) -> Array:
     """Upper confidence bounds [n_bins] on E[share * mean] / E[share], for means in [0, 1]."""
+    columns = zip(shares.T, means.T, strict=True)
+    return np.array([_ratio_limit(share, mean, delta) for share, mean in columns])
 
-    def log_p(levels: Array) -> Array:
-        gains = shares * ((1.0 - means) / (1.0 - levels) - 1.0)
-        logs = [np.log1p(bet * gains).sum(axis=0) for bet in _SHARES]
-        return np.asarray(math.log(len(logs)) - special.logsumexp(logs, axis=0))
 
-    return invert_log_p(log_p, np.zeros(shares.shape[1]), delta)
+def _ratio_limit(share: Array, mean: Array, delta: float) -> float:
+    """One bin's bound; units that are alike are counted, not repeated."""
+    used = share > 0.0
+    rows = np.stack([share[used], mean[used]], axis=1)
+    alike, counts = np.unique(rows, axis=0, return_counts=True)
+    bets = _SHARES[:, None] * alike[:, 0]
+
+    def log_p(level: Array) -> Array:
+        gains = np.log1p(bets * ((1.0 - alike[:, 1]) / (1.0 - level) - 1.0))
+        return np.asarray(math.log(_SHARES.size) - np.logaddexp.reduce(gains @ counts))
+
+    return float(invert_log_p(log_p, np.zeros(1), delta)[0])
 
 
 def _range(losses: Array, lower: float, upper: float) -> tuple[float, float]:

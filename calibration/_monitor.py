@@ -112,12 +112,11 @@ class AbstractRiskMonitor(ABC):
         seen = stream_flags("audited", audited, state.streams) & on
         x = stream_values("losses", losses, state.streams, on=seen, low=self.lower, high=self.upper)
         factors = self._factors(x, seen, self._levels(expected, seen))
-        sizes = factors.shape[1]
         moved = advance(
             state.statistics,
             factors,
             weight=np.reshape(self._weight(state.units), (-1, 1)),
-            ceiling=sizes * self.threshold,
+            threshold=self.threshold,
         )
         statistics = np.where(on[:, None], moved, state.statistics)
         after = EDetectorState(

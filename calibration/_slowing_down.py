@@ -196,8 +196,7 @@ class SlowingDown:
         before, now = (np.where(second, array, self.mean) for array in (state.previous, x))
         logs = [self.log_ratios(before, now, rate=self.rate * f) for f in _FRACTIONS]
         factors = np.exp(np.minimum(np.stack(logs, axis=1), math.log(_LARGEST)))
-        ceiling = len(_FRACTIONS) * self.threshold
-        moved = advance(state.statistics, factors, weight=1.0, ceiling=ceiling)
+        moved = advance(state.statistics, factors, weight=1.0, threshold=self.threshold)
         after = SlowingDownState(
             np.where(second[:, None], moved, state.statistics),
             np.where(on, x, state.previous),

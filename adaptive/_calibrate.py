@@ -353,7 +353,9 @@ def _split(
         _log.info("%d prompts shaped the exits and are left out", overlapping)
     if len(kept) < 2:
         raise InvalidArgumentError(
-            "dataset", f"{len(kept)} distinct prompts that did not shape the exits", "at least 2"
+            "dataset",
+            f"{len(kept)}",
+            "at least 2 distinct prompts that did not shape the exits",
         )
     fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
     return _Split(exits, fit, test, trained, overlapping, repeated)

@@ -76,12 +76,13 @@ def advance(statistics: Array, factors: Array, *, weight: float | Array, thresho
 
 def restarted(state: EDetectorState, streams: ArrayLike) -> EDetectorState:
     """State in which the chosen streams (mask or indices) are as before their first unit."""
-    arrays = [state.statistics, state.units, state.labelled, state.first_alarm]
-    copies = [array.copy() for array in arrays]
     chosen = np.asarray(streams)
-    for array in copies:
+    fresh = EDetectorState(
+        state.statistics.copy(), state.units.copy(), state.labelled.copy(), state.first_alarm.copy()
+    )
+    for array in (fresh.statistics, fresh.units, fresh.labelled, fresh.first_alarm):
         array[chosen] = 0
-    return EDetectorState(*copies)
+    return fresh
 
 
 def combine_evidence(evidence: ArrayLike, *, weights: ArrayLike | None = None) -> Array:

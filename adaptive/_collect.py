@@ -65,7 +65,8 @@ def collect(
     Trace
         One row per generated token but the first, which the prompt's own pass decides. Loss
         ``disagreement``; columns ``answers [n, n_exits]``, ``choices [n]`` (the full model's),
-        ``emitted [n]`` (the text's) and ``positions [n]``. Units of a single token have no rows
+        ``emitted [n]`` (the text's) and ``positions [n]``, and ``asked [n, n_exits]`` if some exit
+        was not. Units of a single token have no rows
         and are left out. Costs are measured seconds per token.
 
     Raises
@@ -94,6 +95,9 @@ def collect(
             bar.update(len(index))
     kept = sorted(rows)
     joined = {name: np.concatenate([rows[i][name] for i in kept]) for name in rows[kept[0]]}
+    if len(asked) < len(exits.layers):
+        mask = np.isin(np.arange(len(exits.layers)), asked)
+        joined["asked"] = np.tile(mask, (len(joined["scores"]), 1))
     return Trace(
         scores=joined.pop("scores"),
         losses={"disagreement": joined.pop("disagreement")},

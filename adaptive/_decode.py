@@ -219,8 +219,9 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
         exit = segment - 1
         if exit in policy.stages:
             here = hidden[:, 0]
+            needs = policy.needs_at(exit)
             features = exits.features(
-                policy.needs, exit, here, previous=previous, position=position, readout=readout
+                needs, exit, here, previous=previous, position=position, readout=readout
             )
             if noise is not None or batch > 1:
                 running = way.running if batch > 1 else None

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -116,10 +117,12 @@ class Exits(nn.Module):
         readout: Readout,
     ) -> Features:
         """Compute what a policy asked for, for ``hidden [batch, width]``, and nothing else."""
-        logits = answer = pruned = None
+        logits = answer = pruned = head = None
         if "logits" in needs or "answer" in needs:
             logits = readout(self.translate(exit, hidden))
             answer = logits.argmax(dim=-1)
+        elif "head" in needs:
+            head = partial(readout.at, self.translate(exit, hidden))
         if "pruned_logits" in needs:
             pruned = self._pruned(readout)(self.translate(exit, hidden))
         return Features(
@@ -129,6 +132,7 @@ class Exits(nn.Module):
             hidden=hidden if "hidden" in needs else None,
             previous=previous if "previous" in needs else None,
             logits=logits,
+            head=head,
             pruned_logits=pruned,
             answer=answer,
         )

@@ -132,6 +132,17 @@ class Readout:
         bias = None if self._head.bias is None else self._head.bias[kept]
         return lambda hidden: self._capped(F.linear(self._normed(hidden), weight, bias))
 
+    def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits ``[batch, n]`` of tokens ``ids [batch, n]`` for ``hidden [batch, width]``.
+
+        Only those rows of the head are read.
+        """
+        rows = self._head.weight[ids]
+        logits = (rows @ self._normed(hidden)[..., None])[..., 0]
+        if self._head.bias is not None:
+            logits = logits + self._head.bias[ids]
+        return self._capped(logits)
+
     def _normed(self, hidden: Tensor) -> Tensor:
         for norm in self._norms:
             hidden = norm(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
@@ -17,7 +18,12 @@ from adaptive.calibration import InvalidArgumentError, Trace
 State = dict[str, Tensor]
 
 #: The features a loop can hand to a score or a rule that asks for them.
-FEATURES = frozenset({"probe", "hidden", "previous", "logits", "pruned_logits", "answer", "noise"})
+FEATURES = frozenset(
+    {"probe", "hidden", "previous", "logits", "head", "pruned_logits", "answer", "noise"}
+)
+
+#: Rows of a head on request: token ids, int64 [batch, n], to their logits [batch, n].
+Head = Callable[[Tensor], Tensor]
 
 #: Who shares a decision: every row for itself, or all rows of a batch together.
 Scope = Literal["row", "batch"]
@@ -44,6 +50,9 @@ class Features:
         Hidden state at the exit before this one; ``None`` at the first exit.
     logits : Tensor [batch, vocabulary], optional
         Logits of the exit's readout.
+    head : callable, optional
+        Token ids, int64 [batch, n], to their logits in the exit's readout, [batch, n]: only those
+        rows of the head are read. A loop may leave it out where it gives all logits.
     pruned_logits : Tensor [batch, kept], optional
         Logits of the exit's readout over its pruned vocabulary.
     answer : Tensor, int64 [batch], optional
@@ -61,10 +70,14 @@ class Features:
     hidden: Tensor | None = None
     previous: Tensor | None = None
     logits: Tensor | None = None
+    head: Head | None = None
     pruned_logits: Tensor | None = None
     answer: Tensor | None = None
     noise: Tensor | None = None
     running: Tensor | None = None
+
+
+_OWN_MODULES: set[str] = set()
 
 
 class _Record(abc.ABC):
@@ -74,7 +87,16 @@ class _Record(abc.ABC):
 
     @classmethod
     def _register(cls, subclass: type[Any]) -> None:
-        cls._classes[subclass.__name__] = subclass
+        """Remember a class by its name; a class of this package keeps its name for itself."""
+        name, home = subclass.__name__, subclass.__module__
+        known = cls._classes.get(name)
+        if known is not None and known.__module__ != home and known.__module__ in _OWN_MODULES:
+            raise InvalidArgumentError(
+                "class name", name, f"another name: saved policies mean {known.__module__}.{name}"
+            )
+        if home.startswith(f"{__package__}."):
+            _OWN_MODULES.add(home)
+        cls._classes[name] = subclass
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form: ``{"type": class name, **fields}``."""
@@ -133,12 +155,16 @@ class AbstractScore(_Record):
 
     ``upper`` is the largest value the score can take: a finite threshold above it would silently
     never stop, so a policy refuses it.
+
+    ``first`` is the first asked exit, for scores that do there what they need at later exits; a
+    policy refuses to ask such a score at other exits first.
     """
 
     _classes: ClassVar[dict[str, type[Any]]] = {}
     needs: ClassVar[frozenset[str]]
     across_tokens: ClassVar[bool] = False
     upper: ClassVar[float] = float("inf")
+    first: ClassVar[int | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -151,6 +177,10 @@ class AbstractScore(_Record):
     @abc.abstractmethod
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Score of every row, float32 [batch], and the new state."""
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """Features read at this exit (override when it is fewer than ``needs``)."""
+        return frozenset(self.needs)
 
     def advance(self, state: State) -> State:
         """State after a token is finished (override when memory is kept within a token only)."""

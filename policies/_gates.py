@@ -259,7 +259,7 @@ class RecurrentGate(AbstractScore):
     decays: Vector
     weights: Matrix
     biases: Vector
-    first: int = 0
+    first: int = 0  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         _check_gate(self.weights, self.biases)
@@ -267,6 +267,8 @@ class RecurrentGate(AbstractScore):
             raise InvalidArgumentError("decays", self.decays, "numbers in (0, 1)")
         if self.base.across_tokens:
             raise InvalidArgumentError("base", self.base, "a score without memory across tokens")
+        if self.base.first not in (None, self.first):
+            raise InvalidArgumentError("first", self.first, f"{self.base.first}, as the base's")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -291,6 +293,10 @@ class RecurrentGate(AbstractScore):
         )
         weights, biases = _logistic(inputs, np.asarray(trace.losses[loss]) == 0)
         return cls(base=base, decays=decays, weights=weights, biases=biases, first=first)
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """As the base."""
+        return self.base.needs_at(stage)
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Means so far, float32 [batch, n_means], tables, and the base's memory."""

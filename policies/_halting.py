@@ -19,7 +19,8 @@ class QuantileExit(AbstractStatisticRule):
     """Stop at the first asked stage where the halting distribution's mass exceeds a quantile.
 
     The score is read as the probability of halting here given that nothing halted before, as in
-    PonderNet, PALBERT's Q-exit and Ouro. At full depth the mass is 1 by definition.
+    PonderNet, PALBERT's Q-exit and Ouro, and clipped into [0, 1]: an exit without a score (minus
+    infinity) halts nothing. At full depth the mass is 1 by definition.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ class QuantileExit(AbstractStatisticRule):
 
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Mass halted so far."""
-        alive = state["alive"] * (1.0 - score)
+        alive = state["alive"] * (1.0 - score.clamp(0.0, 1.0))
         return 1.0 - alive, state | {"alive": alive}
 
 
@@ -91,7 +92,7 @@ class SampledExit(AbstractStatisticRule):
 
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Largest slowness at which this draw has halted by now: ``log S / log(1 - u)``."""
-        log_alive = state["log_alive"] + torch.log1p(-score)
+        log_alive = state["log_alive"] + torch.log1p(-score.clamp(0.0, 1.0))
         passing = torch.log1p(-needed(features.noise, "noise"))
         ratio = torch.where(passing < 0, log_alive / passing, _LARGEST).clamp(max=_LARGEST)
         value = torch.where(log_alive < 0, ratio, -math.inf)

@@ -148,8 +148,8 @@ class WindowedPatience(AbstractStatisticRule):
 class AccumulatedConfidence(AbstractStatisticRule):
     """Stop when the weighted confidence of successive agreeing stages adds up: BEEM.
 
-    The sum restarts when the answer changes. With every confidence 1 and every weight 1, a
-    threshold of t + 1 is a patience of t.
+    The sum restarts when the answer changes; an exit without a score adds and stops nothing. With
+    every confidence 1 and every weight 1, a threshold of t + 1 is a patience of t.
 
     Parameters
     ----------
@@ -190,8 +190,10 @@ class AccumulatedConfidence(AbstractStatisticRule):
         """Confidence added up over the agreeing stages."""
         answer = needed(features.answer, "answer")
         carried = torch.where(answer == state["before"], state["total"], 0.0)
-        total = carried + state["weights"][features.stage] * score
-        return total, state | {"before": answer, "total": total}
+        missing = score == -math.inf
+        total = carried + torch.where(missing, 0.0, state["weights"][features.stage] * score)
+        value = torch.where(missing, -math.inf, total)
+        return value, state | {"before": answer, "total": total}
 
 
 def _check_patience(patience: float) -> None:

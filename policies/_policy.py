@@ -51,8 +51,8 @@ class Policy:
     Raises
     ------
     InvalidArgumentError
-        If ``stages`` is empty or not ascending, ``mode`` is unknown, or a finite threshold lies
-        above every value of the score.
+        If ``stages`` is empty or not ascending, ``mode`` is unknown, a finite threshold lies
+        above every value of the score, or the score has to be asked at another exit first.
     """
 
     score: AbstractScore
@@ -70,11 +70,20 @@ class Policy:
             name = type(self.score).__name__
             expected = f"at most {self.score.upper:g}, the largest {name}, or inf to never stop"
             raise InvalidArgumentError("threshold", threshold, expected)
+        if self.score.first not in (None, self.stages[0]):
+            expected = (
+                f"exits from {self.score.first} on, the `first` of {type(self.score).__name__}"
+            )
+            raise InvalidArgumentError("stages", self.stages, expected)
 
     @property
     def needs(self) -> frozenset[str]:
         """Features that the score or the rule reads."""
         return frozenset(self.score.needs) | frozenset(self.rule.needs)
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """Features that are read at this exit: what a loop has to compute there."""
+        return self.score.needs_at(stage) | frozenset(self.rule.needs)
 
     @property
     def scope(self) -> Scope:

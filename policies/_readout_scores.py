@@ -124,49 +124,71 @@ class LogitMargin(AbstractScore):
 class DynamicVocabulary(AbstractScore):
     """Top-two probability margin within the tokens that the first asked exit found likely.
 
-    The first exit of a token keeps its ``kept[0]`` best token ids; a later exit reads the
-    probabilities of the first ``kept[stage]`` of them only. The ids are ids of the full
-    vocabulary, so nothing has to be mapped back. When an exit's two best tokens are among the kept
-    ones, the score is the full margin divided by the kept mass: never below it. When the best
-    token was dropped, it can be anything: thresholds must be calibrated on this score itself.
+    The first asked exit forms all logits and keeps the ids of the ``kept[first]`` best; a later
+    exit reads the first ``kept[stage]`` of them only, and only those rows of the head are
+    multiplied. The ids are ids of the full vocabulary, so nothing has to be mapped back. When an
+    exit's two best tokens are among the kept ones, the score is the full margin divided by the
+    kept mass: never below it. When the best token was dropped, it can be anything: thresholds must
+    be calibrated on this score itself.
 
     Parameters
     ----------
     kept : tuple of int
         Tokens kept at each exit, 0..K-2, non-increasing, at least 2 (`decaying_vocabulary`).
+    first : int
+        The first asked exit.
 
     References
     ----------
     .. [1] Vincenti et al., "Dynamic vocabulary pruning in early-exit LLMs", ENLSP workshop 2024.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "head"})
     upper: ClassVar[float] = 1.0
 
     kept: tuple[int, ...]
+    first: int = 0  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         rising = any(b > a for a, b in pairwise(self.kept))
         if not self.kept or rising or self.kept[-1] < 2:
             raise InvalidArgumentError("kept", self.kept, "non-increasing integers >= 2, per exit")
+        if not 0 <= self.first < len(self.kept):
+            raise InvalidArgumentError("first", self.first, f"an exit in 0..{len(self.kept) - 1}")
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """All logits at the first asked exit, rows of the head behind it."""
+        return frozenset({"logits" if stage == self.first else "head"})
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
-        """Ids chosen at the first exit, int64 [batch, kept[0]]; -1 before."""
-        size = (batch_size, self.kept[0])
-        return {"ids": torch.full(size, -1, dtype=torch.int64, device=device)}
+        """Ids chosen at the first asked exit, best first, int64 [batch, kept[first]]."""
+        size = (batch_size, self.kept[self.first])
+        return {"ids": torch.zeros(size, dtype=torch.int64, device=device)}
 
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Float32 [batch]."""
-        logits = needed(features.logits, "logits").float()
-        chosen = torch.topk(logits, self.kept[0], dim=-1).indices
-        ids = torch.where(state["ids"] < 0, chosen, state["ids"])
-        probability = torch.softmax(logits.gather(-1, ids[:, : self.kept[features.stage]]), dim=-1)
-        top = torch.topk(probability, 2, dim=-1).values
+        if features.stage == self.first:
+            logits = needed(features.logits, "logits").float()
+            kept, ids = torch.topk(logits, self.kept[self.first], dim=-1)
+        else:
+            ids = state["ids"]
+            kept = _rows(features, ids[:, : self.kept[features.stage]])
+        top = torch.topk(torch.softmax(kept, dim=-1), 2, dim=-1).values
         return top[:, 0] - top[:, 1], {"ids": ids}
 
     def advance(self, state: State) -> State:
         """Choose anew for the next token."""
-        return {"ids": torch.full_like(state["ids"], -1)}
+        return {"ids": torch.zeros_like(state["ids"])}
+
+
+def _rows(features: Features, ids: Tensor) -> Tensor:
+    """Logits of some tokens, float32 [batch, n]: picked where all are given, else asked for."""
+    if features.logits is not None:
+        return features.logits.float().gather(-1, ids)
+    if features.head is None:
+        needed(None, "head")
+    assert features.head is not None
+    return features.head(ids).float()
 
 
 def decaying_vocabulary(first: int, last: int, *, n_exits: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, Trace, fit_temperature
-from adaptive.policies._base import AbstractScore, Features, State, named, part
+from adaptive.policies._base import AbstractScore, Features, Head, State, named, part
 
 #: A monotone table: inputs, strictly ascending, and outputs, non-decreasing.
 Table = tuple[tuple[float, ...], tuple[float, ...]]
@@ -84,6 +84,15 @@ class Calibrated(AbstractScore):
         scores = np.asarray(trace.scores, dtype=np.float64)
         columns = zip(scores.T, right.T, strict=True)
         return cls(base, tuple(_tabulated(method, s, y) for s, y in columns))
+
+    @property
+    def first(self) -> int | None:  # type: ignore[override]
+        """As the base."""
+        return self.base.first
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """As the base."""
+        return self.base.needs_at(stage)
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Tables, on the device, beside the base's memory."""
@@ -161,6 +170,15 @@ class Tempered(AbstractScore):
         """As the base."""
         return self.base.upper
 
+    @property
+    def first(self) -> int | None:  # type: ignore[override]
+        """As the base."""
+        return self.base.first
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """As the base."""
+        return self.base.needs_at(stage)
+
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Temperatures, on the device, beside the base's memory."""
         base = self.base.init(batch_size, device=device)
@@ -173,6 +191,7 @@ class Tempered(AbstractScore):
         cooled = replace(
             features,
             logits=_over(features.logits, temperature),
+            head=_head_over(features.head, temperature),
             pruned_logits=_over(features.pruned_logits, temperature),
             probe=_over(features.probe, temperature),
         )
@@ -216,3 +235,7 @@ _POINTS = 257
 
 def _over(value: Tensor | None, temperature: Tensor) -> Tensor | None:
     return None if value is None else value.float() / temperature
+
+
+def _head_over(head: Head | None, temperature: Tensor) -> Head | None:
+    return None if head is None else lambda ids: head(ids).float() / temperature

@@ -33,7 +33,7 @@ def exit_stages(
     trace : Trace
         ``scores [n_tokens, n_exits]`` and ``lengths [n_units]``.
     stages : tuple of int, optional
-        Exits at which the policy asks; all exits of the trace when omitted.
+        Exits at which the policy asks; those asked when the trace was collected when omitted.
     seed : int
         Seed of the keyed noise, for a rule that reads it.
 
@@ -89,7 +89,7 @@ def _walk(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Ask at every (token, stage); if absorbing, an answer of True ends the token for its row."""
     scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
-    asked = _asked(stages, n_exits=scores.shape[2])
+    asked = _asked(stages, trace)
     answers = _answers(rule, trace)
     positions = _padded(positions_of(trace), trace.lengths)[0]
     keys = unit_keys(trace.unit_ids) if "noise" in rule.needs else None
@@ -125,11 +125,13 @@ def positions_of(trace: Trace) -> NDArray[np.int64]:
     return trace.positions if given is None else np.asarray(given, dtype=np.int64)
 
 
-def _asked(stages: tuple[int, ...] | None, *, n_exits: int) -> tuple[int, ...]:
+def _asked(stages: tuple[int, ...] | None, trace: Trace) -> tuple[int, ...]:
+    """Return the exits given, else those the trace says were asked, else all."""
     if stages is None:
-        return tuple(range(n_exits))
-    if check_stage(stages)[-1] >= n_exits:
-        raise InvalidArgumentError("stages", stages, f"exits of the trace, 0..{n_exits - 1}")
+        asked = trace.columns.get("asked", np.ones((1, trace.n_exits), dtype=bool))
+        return tuple(int(stage) for stage in np.flatnonzero(asked[0]))
+    if check_stage(stages)[-1] >= trace.n_exits:
+        raise InvalidArgumentError("stages", stages, f"exits of the trace, 0..{trace.n_exits - 1}")
     return stages
 
 

@@ -19,7 +19,8 @@ from adaptive.policies._base import AbstractScore, Features, State, named, neede
 class MovingMean(AbstractScore):
     """Exponential moving mean of a score over the stages of a token.
 
-    ``m <- (1 - weight) m + weight x``, started at the first value.
+    ``m <- (1 - weight) m + weight x``, started at the first finite value: :class:`Saturation` has
+    none at the first exit.
 
     Parameters
     ----------
@@ -46,6 +47,15 @@ class MovingMean(AbstractScore):
         """As the base."""
         return self.base.upper
 
+    @property
+    def first(self) -> int | None:  # type: ignore[override]
+        """As the base."""
+        return self.base.first
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """As the base."""
+        return self.base.needs_at(stage)
+
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Mean so far, NaN before the first stage, beside the base's memory."""
         return _wrapped(self.base, batch_size, device) | {
@@ -55,9 +65,8 @@ class MovingMean(AbstractScore):
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Float32 [batch]."""
         value, base = self.base.score(features, part(state, "base"))
-        mean = torch.where(
-            torch.isnan(state["mean"]), value, torch.lerp(state["mean"], value, self.weight)
-        )
+        before = state["mean"]
+        mean = torch.where(torch.isfinite(before), torch.lerp(before, value, self.weight), value)
         return mean, named(base, "base") | {"mean": mean}
 
     def advance(self, state: State) -> State:
@@ -73,8 +82,8 @@ class Steadiness(AbstractScore):
 
     ``m <- (1 - a) m + a x``, then ``v <- (1 - a) v + a (x - m)^2`` with the *updated* mean, from
     ``m = x_0``, ``v = 0``. The variance means nothing during the first steps, so the score is
-    ``-inf`` there. This is EAT when the stages are reasoning steps and the base is the entropy
-    after a forced end of thinking.
+    ``-inf`` there, and where the base has no score, which counts as no step. This is EAT when the
+    stages are reasoning steps and the base is the entropy after a forced end of thinking.
 
     Parameters
     ----------
@@ -103,6 +112,15 @@ class Steadiness(AbstractScore):
         """What the base reads."""
         return self.base.needs
 
+    @property
+    def first(self) -> int | None:  # type: ignore[override]
+        """As the base."""
+        return self.base.first
+
+    def needs_at(self, stage: int) -> frozenset[str]:
+        """As the base."""
+        return self.base.needs_at(stage)
+
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Mean, variance and number of stages so far, beside the base's memory."""
         return _wrapped(self.base, batch_size, device) | {
@@ -114,12 +132,15 @@ class Steadiness(AbstractScore):
     def score(self, features: Features, state: State) -> tuple[Tensor, State]:
         """Float32 [batch]."""
         value, base = self.base.score(features, part(state, "base"))
+        missing = value == -math.inf
         first = state["seen"] == 0
         mean = torch.where(first, value, torch.lerp(state["mean"], value, self.weight))
         spread = torch.lerp(state["variance"], (value - mean) ** 2, self.weight)
         variance = torch.where(first, torch.where(torch.isnan(value), value, 0.0), spread)
-        seen = state["seen"] + 1
-        score = torch.where(seen >= self.warmup, -variance, -math.inf)
+        mean = torch.where(missing, state["mean"], mean)
+        variance = torch.where(missing, state["variance"], variance)
+        seen = state["seen"] + (~missing).to(torch.int64)
+        score = torch.where(~missing & (seen >= self.warmup), -variance, -math.inf)
         return score, named(base, "base") | {"mean": mean, "variance": variance, "seen": seen}
 
     def advance(self, state: State) -> State:

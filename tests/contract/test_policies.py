@@ -171,7 +171,7 @@ def test_rule_survives_json(row: Any) -> None:
 
 @each_score
 def test_score_survives_json(score: AbstractScore, tmp_path: Path) -> None:
-    policy = Policy(score, policies.Threshold(-0.5), stages=(1,))
+    policy = Policy(score, policies.Threshold(-0.5), stages=(0, 1))
     policy.save_pretrained(tmp_path)
     assert Policy.from_pretrained(tmp_path) == policy
 

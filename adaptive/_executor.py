@@ -46,12 +46,21 @@ class AbstractExecutor(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self, low: int, high: int, hidden: Tensor, start: int, *, frozen: Tensor | None = None
+        self,
+        low: int,
+        high: int,
+        hidden: Tensor,
+        start: int,
+        *,
+        frozen: Tensor | None = None,
+        waiting: Tensor | None = None,
     ) -> Tensor:
         """Run layers ``low .. high - 1`` over ``hidden [batch, n, width]``, keep keys and values.
 
         Rows with ``frozen`` (bool ``[batch]``) keep their hidden state: every layer projects
-        their keys and values from it, which is what ``propagate`` means.
+        their keys and values from it, which is what ``propagate`` means. ``waiting [batch, m,
+        width]`` are states of the ``m`` tokens before ``start``: as after :meth:`fill`, every
+        layer's keys and values of these are projected from them.
         """
 
     @abc.abstractmethod

@@ -96,9 +96,18 @@ class GenericExecutor(AbstractExecutor):
         return hidden
 
     def run(
-        self, low: int, high: int, hidden: Tensor, start: int, *, frozen: Tensor | None = None
+        self,
+        low: int,
+        high: int,
+        hidden: Tensor,
+        start: int,
+        *,
+        frozen: Tensor | None = None,
+        waiting: Tensor | None = None,
     ) -> Tensor:
         """See :class:`AbstractExecutor`."""
+        if waiting is not None:
+            self.fill(low, high, waiting, start - waiting.shape[1])
         calls = self._prepared(hidden, start)
         kept = None if frozen is None else frozen[:, None, None]
         for layer in range(low, high):

@@ -137,17 +137,17 @@ class ExactStack(AbstractStack):
 class PropagateStack(AbstractStack):
     """Skipped layers get keys and values projected from the state the token stopped with.
 
-    They are projected lazily, for all pending tokens and layers of a segment at once, just before
-    the first token that needs the segment.
+    They are projected lazily, for all pending tokens at once, with the first token that needs
+    the segment.
     """
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, *, running: Tensor) -> Tensor:
         """See :class:`AbstractStack`: rows that stopped keep their state."""
-        self._fill(segment)
         low, high = self.bounds[segment], self.bounds[segment + 1]
         frozen = None if hidden.shape[0] == 1 else ~running
+        waiting = self._take(segment)
         self.filled[segment] = slot + 1
-        return self.executor.run(low, high, hidden, slot, frozen=frozen)
+        return self.executor.run(low, high, hidden, slot, frozen=frozen, waiting=waiting)
 
     def stop(self, segment: int, hidden: Tensor) -> None:
         """See :class:`AbstractStack`: every deeper segment will need the state."""

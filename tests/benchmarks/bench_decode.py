@@ -9,12 +9,15 @@ wall time. Reported are medians over rounds and, for ratios, the median of the p
 a 95 percent bootstrap interval.
 
 a  Whole calls at full depth: ours on both tiers against `model.generate`, batch 1 and 8.
-b  Realised over ideal speed-up of exits prescribed by position, batch 1. With L layers, a head
-   that costs as much as h layers and mean depth d, ideal is (L + h) / (d + h): checks, keys and
-   values of skipped layers and the loop itself are counted as nothing. Realised is full depth
-   over early exits, both through our native tier, the prompt's share taken off. Choose
-   ``--steps`` a multiple of the inbox sizes, so that no run ends with work undone.
+b  Realised over ideal speed-up of exits prescribed by position, batch 1, `propagate`. With L
+   layers, a head that costs as much as h layers and mean depth d, ideal is (L + h) / (d + h):
+   checks, keys and values of skipped layers and the loop itself are counted as nothing. Realised
+   is full depth over early exits, both through our native tier, the prompt's share taken off.
+   Keep ``--steps`` a multiple of 32: then every pattern ends with nothing owed.
+d  The same for `exact` and `verify`, at several inbox sizes.
 c  Time that the checks add to a token, as a share of a decode step at full depth.
+
+Parts that are not run keep the figures they have in the results.
 """
 
 from __future__ import annotations
@@ -67,11 +70,20 @@ class Prescribed(AbstractRule):
         return (float("inf"),)
 
 
-#: Exit of each token in turn; 3 is full depth. All have mean depth one half.
+def _independent() -> tuple[int, ...]:
+    """Exits drawn without regard to each other; the last token goes to full depth."""
+    rng = np.random.default_rng(0)
+    drawn = rng.permutation([0] * 12 + [1] * 11 + [2] * 6 + [3] * 2)
+    return (*(int(exit) for exit in drawn), 3)
+
+
+#: Exit of each token in turn; 3 is full depth. All have mean depth one half over 32 tokens.
 PATTERNS = {
-    "mixed": (0, 1, 0, 3, 1, 0, 2, 1),
-    "two depths": (0, 2),
     "all at one half": (1,),
+    "four depths mixed": (1, 0, 2, 1, 0, 1, 0, 3),
+    "two depths alternating": (0, 2),
+    "independent": _independent(),
+    "bursty": (0,) * 6 + (1,) * 6 + (2,) * 6 + (0,) * 6 + (1,) * 5 + (3,) * 3,
 }
 
 
@@ -193,7 +205,7 @@ def part_a(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
         }
         report[f"batch {batch}"] = row
         per_step = {name: round(value, 2) for name, value in row["ms_per_token"].items()}
-        print(f"(a) batch {batch}, ms per step {per_step}")
+        print(f"    batch {batch}, ms per step {per_step}")
         for tier in ("native", "generic"):
             found = shown(row[f"model.generate / {tier}"])
             print(f"    speed of {tier} against model.generate {found}")
@@ -231,17 +243,31 @@ def components(model: LlamaForCausalLM, context: int) -> dict[str, Callable[[], 
 
 
 def part_b(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    cases = [("propagate", name, 32) for name in PATTERNS]
+    cases += [("propagate", "four depths mixed", pending) for pending in (1, 8)]
+    return prescribed(model, options, clock, cases)
+
+
+def part_d(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    cases = [
+        (mode, name, pending)
+        for mode in ("exact", "verify")
+        for name, sizes in (("four depths mixed", (32,)), ("all at one half", (4, 8, 16, 32)))
+        for pending in sizes
+    ]
+    return prescribed(model, options, clock, cases)
+
+
+def prescribed(
+    model: LlamaForCausalLM,
+    options: argparse.Namespace,
+    clock: Clock,
+    cases: list[tuple[str, str, int]],
+) -> dict[str, Any]:
+    """Realised and ideal speed-up of (mode, pattern, largest inbox)."""
     ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=options.device)
     new = options.steps + 1
     full = Policy(NoScore(), Threshold(), stages=(2,))
-    cases = [("propagate", name, 32) for name in PATTERNS]
-    cases += [("propagate", "mixed", pending) for pending in (1, 8)]
-    cases += [
-        (mode, name, pending)
-        for mode in ("exact", "verify")
-        for name, sizes in (("mixed", (32,)), ("all at one half", (4, 8, 16, 32)))
-        for pending in sizes
-    ]
     plan = {
         f"{mode}, {name}, inbox {pending}": (
             Policy(ProbeScore(), Prescribed(PATTERNS[name]), stages=(0, 1, 2), mode=mode),
@@ -275,7 +301,7 @@ def part_b(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     decode["full"] = (times["full"] - np.median(times["prompt"])) / steps
     theirs = times["model.generate"] - np.median(times["prompt of model.generate"])
     decode["model.generate"] = theirs / steps
-    print(f"(b) one layer {layer * 1e3:.3f} ms, head {head * 1e3:.2f} ms: h = {h:.2f} layers")
+    print(f"    one layer {layer * 1e3:.3f} ms, head {head * 1e3:.2f} ms: h = {h:.2f} layers")
     print(
         f"    full depth {np.median(decode['full']) * 1e3:.2f} ms per token, "
         f"model.generate {np.median(decode['model.generate']) * 1e3:.2f} ms"
@@ -334,7 +360,7 @@ def part_c(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     whole = (times["layers"] + times["head"]) / 4 + times["unchecked"] / (new - 1)
     share = ratio(added, whole)
     print(
-        f"(c) three checks add {np.median(added) * 1e6:.0f} us to a step of "
+        f"    three checks add {np.median(added) * 1e6:.0f} us to a step of "
         f"{np.median(whole) * 1e3:.2f} ms: share {shown(share)}; the loop without checks takes "
         f"{np.median(times['unchecked']) / (new - 1) * 1e6:.0f} us"
     )
@@ -366,7 +392,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="abc")
+    parser.add_argument("--parts", default="abcd")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--tokens", type=int, default=33)
     parser.add_argument("--steps", type=int, default=64, help="tokens behind the first, part b")
@@ -381,14 +407,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = build(options)
     size = sum(parameter.numel() for parameter in model.parameters())
-    report: dict[str, Any] = {"machine": machine(), "parameters": size}
-    print(json.dumps(report["machine"]), f"{size / 1e6:.0f}M parameters, {model.dtype}")
+    print(json.dumps(machine()), f"{size / 1e6:.0f}M parameters, {model.dtype}")
     clock = Clock(options.device)
-    for letter, part in (("a", part_a), ("b", part_b), ("c", part_c)):
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    how = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    for letter, part in (("a", part_a), ("b", part_b), ("c", part_c), ("d", part_d)):
         if letter in options.parts:
-            report[letter] = part(model, options, clock)
-    report["options"] = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    report["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+            print(f"({letter})")
+            report[letter] = part(model, options, clock) | {
+                "machine": machine(),
+                "parameters": size,
+                "options": how,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adaptive import UnsupportedError, attach_exits, generate
+from adaptive import UnsupportedError, _native, attach_exits, generate
 from adaptive._executor import AbstractExecutor
 from adaptive._generic import GenericExecutor
 from adaptive._native import NativeExecutor
@@ -177,14 +177,25 @@ def test_verify_is_plain_generate(name: str, tier: Any) -> None:
 
 @rows
 def test_propagate_is_the_slow_reference(name: str, tier: Any) -> None:
-    model = helpers.shared(name)
+    _propagates_slowly(helpers.shared(name), tier)
+
+
+@pytest.mark.parametrize("name", helpers.NATIVE)
+def test_waiting_tokens_may_share_a_read_of_the_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "_LARGE", 0)  # as if the weights were too large for the caches
+    _propagates_slowly(helpers.tiny(name), "native")
+
+
+def _propagates_slowly(model: PreTrainedModel, tier: Any) -> None:
     policy = helpers.mixed(model, "propagate")
     ids, mask = helpers.prompts()
     ours = _ours(model, ids, mask, policy=policy, tier=tier)
     threshold = policy.rule.threshold
     for row in range(ids.shape[0]):
         prompt = ids[row : row + 1, mask[row].bool()]
-        tokens, stages = helpers.propagate_slowly(model, prompt, NEW, threshold)
+        tokens, stages, cache = helpers.propagate_slowly(model, prompt, NEW, threshold)
         assert ours.sequences[row, ids.shape[1] :].tolist() == tokens
         assert ours.exit_stages[row].tolist() == stages
         alone = _ours(
@@ -196,6 +207,9 @@ def test_propagate_is_the_slow_reference(name: str, tier: Any) -> None:
             max_pending=2,
         )
         assert alone.sequences[0, prompt.shape[1] :].tolist() == tokens
+        for mine, theirs in zip(alone.past_key_values.layers, cache.layers, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(mine.values, theirs.values, atol=2e-5, rtol=2e-5)
     assert len(ours.exit_stages[:, 1:].unique()) >= 3
 
 

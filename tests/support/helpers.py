@@ -114,7 +114,10 @@ def shared(name: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def plant(model: PreTrainedModel, *, scale: float = 0.3, start: int = 1) -> None:
-    """Scale what the layers from ``start`` on add to the residual stream, biases made random."""
+    """Scale what the layers from ``start`` on add to the residual stream.
+
+    Biases and the gains of norms are made random.
+    """
     for index, layer in enumerate(layers_of(model)):
         posts = [module for path in _POST if (module := getattr(layer, path, None)) is not None]
         gemma = len(posts) == 2
@@ -122,6 +125,8 @@ def plant(model: PreTrainedModel, *, scale: float = 0.3, start: int = 1) -> None
             parts = path.split(".")
             if parts[-1] == "bias":
                 parameter.normal_(std=0.1)
+            if "norm" in parts[-2] or "ln_" in parts[-2]:
+                parameter.add_(0.2 * torch.randn_like(parameter))
             if index >= start and not gemma and parts[-2] in _OUT:
                 parameter.mul_(scale)
             if index >= start and gemma and parts[-2] in _POST:
@@ -204,8 +209,8 @@ def own_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Dynami
 @torch.no_grad()
 def propagate_slowly(
     model: PreTrainedModel, prompt: Tensor, new_tokens: int, threshold: float
-) -> tuple[list[int], list[int]]:
-    """Greedy text of one unpadded prompt in ``propagate`` mode, and its exit stages.
+) -> tuple[list[int], list[int], DynamicCache]:
+    """Greedy text of one unpadded prompt in ``propagate`` mode, its exit stages, keys and values.
 
     The model's own forward pass, one token at a time. Once a token has stopped, every further
     layer still runs, which writes keys and values from the state it is given, and then its output
@@ -245,7 +250,7 @@ def propagate_slowly(
             logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
             tokens.append(int(logits[0, -1].argmax()))
             stages.append(stopped[0] if stopped else len(exits.layers))
-    return tokens, stages
+    return tokens, stages, cache
 
 
 def near_ties(

@@ -42,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adaptive
 from adaptive import attach_exits, generate
 from adaptive._exits import Exits, ExitsRecord
-from adaptive._fingerprint import model_fingerprint
+from adaptive._fingerprint import lineage
 from adaptive._tier import executor_for
 from adaptive.policies import AbstractRule, Features, NoScore, Policy, ProbeScore, State, Threshold
 
@@ -109,7 +109,7 @@ def build(options: argparse.Namespace) -> LlamaForCausalLM:
             layer.self_attn.o_proj.weight.mul_(1e-4)
             layer.mlp.down_proj.weight.mul_(1e-4)
     places = tuple(options.layers * part // 4 for part in (1, 2, 3))
-    record = ExitsRecord(model=model_fingerprint(model), settings={"benchmark": True})
+    record = ExitsRecord(model=lineage(model), settings={"benchmark": True})
     attach_exits(model, Exits(places, options.width, rank=0, record=record))
     return model
 

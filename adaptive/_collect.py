@@ -96,8 +96,8 @@ def collect(
     kept = sorted(rows)
     joined = {name: np.concatenate([rows[i][name] for i in kept]) for name in rows[kept[0]]}
     if len(asked) < len(exits.layers):
-        mask = np.isin(np.arange(len(exits.layers)), asked)
-        joined["asked"] = np.tile(mask, (len(joined["scores"]), 1))
+        read = np.isin(np.arange(len(exits.layers)), asked)
+        joined["asked"] = np.tile(read, (len(joined["scores"]), 1))
     return Trace(
         scores=joined.pop("scores"),
         losses={"disagreement": joined.pop("disagreement")},

@@ -23,7 +23,7 @@ from adaptive import (
     get_exits,
     train_exits,
 )
-from adaptive._fingerprint import model_fingerprint, tokens_hash
+from adaptive._fingerprint import lineage, tokens_hash
 from adaptive._train import fit_probe
 
 SMALL = ExitTraining(rank=2, steps=4, new_tokens=4, slots=100, batch_size=16)
@@ -167,7 +167,7 @@ def test_the_record_names_model_units_and_settings(tools: SimpleNamespace) -> No
     exits = train_exits(
         model, [*prompts, prompts[0]], layers=(1, 3), training=SMALL, rng=4, progress=False
     )
-    assert exits.record.model == model_fingerprint(model)
+    assert exits.record.model == lineage(model)
     assert exits.record.units == tuple(tokens_hash(prompt) for prompt in prompts)
     assert exits.record.settings["rng"] == 4
     assert exits.record.settings["layers"] == [1, 3]

@@ -13,12 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._calibrate import calibrate, mean_run_depth
 from adaptive._deployment import Deployment
@@ -32,11 +27,9 @@ from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions
 from adaptive._timing import layer_and_head_seconds
 from adaptive.calibration import InvalidArgumentError
+from adaptive.examples import POOL, load_model
 from adaptive.policies import Mode, Policy
 
-#: The model that comes with the package.
-SHIPPED = Path(__file__).parent / "shipped"
-_POOL = "functions of held-out modules of the Python standard library"
 #: Longest functions used, in lines: prompts stay short enough for a demonstration.
 _LONGEST = 16
 _COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
@@ -58,14 +51,6 @@ class _Outcome:
     full_speed: float
 
 
-def load_shipped() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the shipped model in float32, as any saved model is loaded."""
-    if not (SHIPPED / "model.safetensors").is_file():
-        raise InvalidArgumentError("model", str(SHIPPED), "an installation with the shipped model")
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(SHIPPED)
-
-
 def run_demo(
     *,
     risk: float,
@@ -80,7 +65,7 @@ def run_demo(
 ) -> None:
     """Calibrate in both modes, measure on fresh prompts, print a table, a text and a plot."""
     started = time.perf_counter()
-    model, tokenizer = load_shipped()
+    model, tokenizer = load_model()
     prompts = [
         prompt.text
         for prompt in held_out_functions(
@@ -111,7 +96,7 @@ def run_demo(
             risk,
             delta,
             mode=mode,
-            pool=_POOL,
+            pool=POOL,
             new_tokens=new_tokens,
             batch_size=16,
             members=6,

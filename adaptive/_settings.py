@@ -189,8 +189,8 @@ def check_stages(policy: Policy, exits: Exits) -> None:
     if "probe" in policy.needs and not exits.trained:
         raise InvalidArgumentError(
             "policy",
-            "a score that reads the exits' probes",
-            "trained exits: call `train_exits(model, prompts)` first",
+            "one whose score reads probes, and these were never trained",
+            "one that reads no probes, or have trained exits: call `train_exits(model, prompts)`",
         )
 
 

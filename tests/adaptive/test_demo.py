@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from adaptive._demo import SHIPPED, run_demo
+from adaptive._demo import run_demo
+from adaptive.examples import SHIPPED
 from adaptive.policies import Policy
 
 pytestmark = [

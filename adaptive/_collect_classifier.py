@@ -186,7 +186,7 @@ def collect_predictions(
     model
         As for :func:`predict`, with exits.
     dataset
-        As for :func:`calibrate`; equal inputs count once.
+        As for :func:`~adaptive.calibrate`; equal inputs count once.
     score : AbstractScore, optional
         What is read at every stage; the largest probability by default.
     stages : tuple of int, optional
@@ -194,7 +194,7 @@ def collect_predictions(
     batch_size : int
         Rows run together. Changes time, and values by rounding only.
     column, groups, tokenizer, rng, progress
-        As for :func:`calibrate`.
+        As for :func:`~adaptive.calibrate`.
 
     Returns
     -------

@@ -104,9 +104,10 @@ def predict(
     ----------
     model
         A Hugging Face classifier with exits (BERT, ALBERT, RoBERTa, DistilBERT, ViT; see
-        :func:`train_classifier_exits`); a module with a method ``stages(batch)``, or a function,
-        that yields the logits ``[rows, classes]`` of one stage after another; or a list of models
-        from small to large (callables that return logits, estimators with ``predict_proba``).
+        :func:`~adaptive.classifiers.train_classifier_exits`); a module with a method
+        ``stages(batch)``, or a function, that yields the logits ``[rows, classes]`` of one stage
+        after another; or a list of models from small to large (callables that return logits,
+        estimators with ``predict_proba``).
     batch
         What the model takes, with one row per unit: a tensor, an array, a mapping of these, a
         list; texts for a Hugging Face text encoder.

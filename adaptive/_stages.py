@@ -29,7 +29,7 @@ class StageOutput:
     hidden : Tensor [rows, width], optional
         State behind it, for scores that read one.
     probe : Tensor [rows], optional
-        Logit of "this answer is the full model's", for :class:`ProbeScore`.
+        Logit of "this answer is the full model's", for :class:`~adaptive.policies.ProbeScore`.
     """
 
     logits: Tensor

@@ -32,7 +32,7 @@ _CHECKING = 1 / 3
 
 @dataclass(frozen=True)
 class ClassifierTraining:
-    """Settings of :func:`train_classifier_exits`.
+    """Settings of :func:`~adaptive.classifiers.train_classifier_exits`.
 
     Parameters
     ----------
@@ -73,8 +73,9 @@ def train_classifier_exits(
     model : PreTrainedModel
         BERT, ALBERT, RoBERTa, DistilBERT or ViT with a classification head.
     dataset
-        Inputs, with labels or without, in any form that :func:`calibrate` takes; at least 8
-        distinct ones. Calibration will keep these inputs, and equal ones, out of its test split.
+        Inputs, with labels or without, in any form that :func:`~adaptive.calibrate` takes; at
+        least 8 distinct ones. Calibration will keep these inputs, and equal ones, out of its test
+        split.
     layers : sequence of int, optional
         Layer counts below the exits; a quarter, a half and three quarters by default.
     training : ClassifierTraining, optional

@@ -14,8 +14,8 @@ NAMES = {
     "DDM": "river.drift.binary",
     "EDDM": "river.drift.binary",
     "FHDDM": "river.drift.binary",
-    "HDDM_A": "river.drift.binary",
-    "HDDM_W": "river.drift.binary",
+    "HDDMA": "river.drift.binary",
+    "HDDMW": "river.drift.binary",
 }
 
 
@@ -25,7 +25,7 @@ def river_detector(name: str, **settings: Any) -> Any:
     Parameters
     ----------
     name : str
-        ADWIN, KSWIN, PageHinkley, DDM, EDDM, FHDDM, HDDM_A or HDDM_W. The last six want 0/1 losses.
+        ADWIN, KSWIN, PageHinkley, DDM, EDDM, FHDDM, HDDMA or HDDMW. The last six want 0/1 losses.
     settings
         Passed on.
 

@@ -87,6 +87,7 @@ class RampStream(AbstractStream):
 
     def draw(self, units: int, change: int, *, streams: int = 1, rng: Rng = None) -> Array:
         """See `AbstractStream.draw`."""
+        _check_sizes(units, change)
         share = np.clip((np.arange(units) - change + 1) / self.length, 0.0, 1.0)
         means = self.before + (self.after - self.before) * share
         return (as_generator(rng).random((units, streams)) < means[:, None]).astype(np.float64)
@@ -232,7 +233,11 @@ def _check_means(stream: AbstractStream) -> None:
         check_probability(name, check_number(name, getattr(stream, name)))
 
 
-def _steps(stream: AbstractStream, units: int, change: int) -> Array:
+def _check_sizes(units: int, change: int) -> None:
     check_count("units", units)
     check_count("change", change, least=0)
+
+
+def _steps(stream: AbstractStream, units: int, change: int) -> Array:
+    _check_sizes(units, change)
     return np.where(np.arange(units) < change, stream.before, stream.after)

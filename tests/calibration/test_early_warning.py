@@ -25,21 +25,6 @@ def test_known_log_ratios():
     assert float(shifted.log_ratios(3.05, 3.08, rate=0.5)) == pytest.approx(0.4244086341)
 
 
-def known_series(kind):
-    """The series that other software was run on: seeds and laws as documented there."""
-    rng = np.random.default_rng([20261122, 100, kind, 1000, 0])
-    if kind == 2:
-        factor = math.exp(-2.0)
-        spread = 0.1 / math.sqrt(4.0)
-        shocks = rng.standard_normal(1000)
-        x = np.empty(1000)
-        x[0] = spread * shocks[0]
-        for t in range(1, 1000):
-            x[t] = factor * x[t - 1] + spread * math.sqrt(1.0 - factor**2) * shocks[t]
-        return x
-    raise AssertionError
-
-
 def test_rolling_indicators_by_their_definitions(rng):
     x = rng.normal(size=60)
     signals = early_warning_signals(x, window=20, bandwidth=0.0)

@@ -16,6 +16,7 @@ from adaptive.calibration import (
     RecoveryTest,
     RiskMonitor,
     combine_evidence,
+    p_to_log_e,
 )
 
 X = [0, 1, 0, 0, 1, 1, 0, 1]
@@ -235,3 +236,10 @@ def test_evidence_is_combined_by_a_weighted_mean():
         combine_evidence([math.nan])
     with pytest.raises(ValueError, match="`weights` must be"):
         combine_evidence([1.0, 2.0], weights=[1.0])
+
+
+def test_known_powers_of_p_values():
+    p = [0.01, 0.5, 0.2, 0.03]
+    half = np.exp(np.cumsum(p_to_log_e(p, power=0.5)))
+    assert half.tolist() == pytest.approx([5.0, 3.5355339, 3.9528471, 11.4108866])
+    assert math.exp(float(p_to_log_e(p, power=0.92).sum())) == pytest.approx(1.6480926)

@@ -9,6 +9,7 @@ stopping rules on tensors) and `adaptive.calibration` (statistics on arrays, wit
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ _HOMES = {
     "train_exits": "adaptive._train",
 }
 _FLOORS = ("calibration", "policies")
+
+# With a clone's root as working directory, Python takes this folder for the installed package:
+# there the lower floors lie beside it, not in it.
+_here = Path(__file__).resolve().parent
+if not (_here / "calibration").is_dir():
+    __path__.append(str(_here.parent))
 
 __all__ = [*_HOMES, *_FLOORS, "__version__"]
 

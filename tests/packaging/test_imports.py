@@ -42,6 +42,14 @@ def test_the_proof_can_fail(tmp_path: Path) -> None:
     assert "torch" in loaded_after("from adaptive import Policy", tmp_path)
 
 
+def test_a_script_in_the_clone_finds_the_floors_beside_the_folder() -> None:
+    root = Path(__file__).parents[2]
+    code = "import adaptive.policies, adaptive.calibration; print(adaptive.calibration.__file__)"
+    command = [sys.executable, "-c", code]  # no -P: the working directory comes first
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert Path(ran.stdout.strip()) == root / "calibration" / "__init__.py"
+
+
 def test_at_most_thirty_names_and_each_is_there() -> None:
     assert len(adaptive.__all__) <= 30
     assert len(set(adaptive.__all__)) == len(adaptive.__all__)

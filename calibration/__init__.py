@@ -85,6 +85,7 @@ from adaptive.calibration._exit_rates import (
     survivor_thresholds,
 )
 from adaptive.calibration._expected_loss import ExpectedLossCurve
+from adaptive.calibration._extras import MissingExtraError
 from adaptive.calibration._halting import HaltTimeResult, certify_halting, screen_halting
 from adaptive.calibration._hoeffding import (
     bentkus_log_p,
@@ -263,6 +264,7 @@ __all__ = [
     "LossHistogram",
     "MaurerPontil",
     "MeanEProcess",
+    "MissingExtraError",
     "MixtureBets",
     "MovingIndicatorState",
     "MovingIndicators",

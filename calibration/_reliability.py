@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._binomial import binomial_upper_bound
 from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._extras import optional
 from adaptive.calibration._probability import equal_mass_edges
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ class ReliabilityCurve:
     def plot(self, ax: Any = None) -> Any:
         """Draw the curve with exact 95% limits over the diagonal; returns the matplotlib axes."""
         if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.gca()
+            ax = optional("matplotlib.pyplot").gca()
         lower, upper = self.intervals()
         spread = np.abs(np.stack([self.observed - lower, upper - self.observed]))
         ax.plot([0, 1], [0, 1], color="0.7", linewidth=1)

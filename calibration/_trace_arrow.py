@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
+from adaptive.calibration._extras import optional
 from adaptive.calibration._trace import Trace
 
 if TYPE_CHECKING:
@@ -149,8 +150,4 @@ def _from_arrow(column: Any) -> NDArray[Any]:
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise UnsupportedError("Arrow tables need pyarrow: pip install pyarrow") from error
-    return pyarrow
+    return optional("pyarrow")

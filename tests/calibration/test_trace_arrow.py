@@ -71,5 +71,5 @@ def test_what_does_not_fit_is_named(monkeypatch):
     with pytest.raises(UnsupportedError, match="3 axes"):
         trace_to_arrow(make(columns={"states": np.zeros((5, 2, 2))}))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UnsupportedError, match="pip install pyarrow"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'adaptive-control\[arrow\]'"):
         trace_to_arrow(make())

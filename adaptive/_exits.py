@@ -21,6 +21,7 @@ from adaptive._families import Readout, layers_of
 from adaptive._fingerprint import lineage, related
 from adaptive.calibration import AdaptiveError, CertificateError, InvalidArgumentError
 from adaptive.policies import Features
+from adaptive.policies._hub import located, pushed
 
 _CONFIG = "exits.json"
 _WEIGHTS = "exits.safetensors"
@@ -163,16 +164,71 @@ class Exits(nn.Module):
         partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / _CONFIG)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload exits",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to a repository on the hub, made if need be.
+
+        Parameters
+        ----------
+        repo_id : str
+            ``namespace/name``, such as that of the model.
+        private, token, revision, create_pr, commit_message
+            As for models in transformers; ``revision`` is the branch that is written to.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+        """
+        return pushed(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read exits saved by :meth:`save_pretrained`.
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **download: Any,
+    ) -> Self:
+        """Read exits saved by :meth:`save_pretrained` or uploaded by :meth:`push_to_hub`.
+
+        Parameters
+        ----------
+        directory : str or Path
+            A directory, or ``namespace/name`` of a repository on the hub.
+        revision : str, optional
+            Branch, tag or commit on the hub. Name a commit where a certificate matters: a branch
+            may come to hold another set of exits.
+        token : str or bool, optional
+            For a private repository; by default the one saved on this machine.
+        **download
+            As for :func:`huggingface_hub.snapshot_download`: ``cache_dir``, ``force_download``,
+            ``local_files_only``.
 
         Raises
         ------
         CertificateError
             If there are none, or they are damaged or of an unknown schema.
         """
-        folder = Path(directory)
+        files = [_CONFIG, _WEIGHTS]
+        folder = located(directory, files, revision=revision, token=token, **download)
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             weights = load_file(folder / _WEIGHTS)
@@ -220,7 +276,8 @@ def attach_exits(
         A causal language model of a supported family.
     layers : sequence of int, Exits, str or Path, optional
         Number of layers below each exit (ascending, each in 1..L-1); or exits, or the directory
-        they were saved in. ``None`` puts three exits at a quarter, a half and three quarters.
+        or hub repository they were saved in. ``None`` puts three exits at a quarter, a half and
+        three quarters.
     rank : int
         Rank of the exits' translators (used when ``layers`` are numbers).
 

@@ -24,6 +24,7 @@ from adaptive.policies._base import (
     named,
     part,
 )
+from adaptive.policies._hub import located, pushed
 
 Mode = Literal["exact", "propagate", "verify"]
 _FILE = "policy.json"
@@ -170,16 +171,70 @@ class Policy:
         partial.replace(target)
         return target
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload policy",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to a repository on the hub, made if need be.
+
+        Parameters
+        ----------
+        repo_id : str
+            ``namespace/name``, such as that of the model.
+        private, token, revision, create_pr, commit_message
+            As for models in transformers; ``revision`` is the branch that is written to.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+        """
+        return pushed(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read a policy saved by :meth:`save_pretrained`.
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **download: Any,
+    ) -> Self:
+        """Read a policy saved by :meth:`save_pretrained` or uploaded by :meth:`push_to_hub`.
+
+        Parameters
+        ----------
+        directory : str or Path
+            A directory, or ``namespace/name`` of a repository on the hub.
+        revision : str, optional
+            Branch, tag or commit on the hub. Name a commit where a certificate matters: a branch
+            may come to hold another policy.
+        token : str or bool, optional
+            For a private repository; by default the one saved on this machine.
+        **download
+            As for :func:`huggingface_hub.snapshot_download`: ``cache_dir``, ``force_download``,
+            ``local_files_only``.
 
         Raises
         ------
         CertificateError
             If there is no readable policy in ``directory``.
         """
-        path = Path(directory)
+        path = located(directory, [_FILE], revision=revision, token=token, **download)
         path = path / _FILE if path.is_dir() else path
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from adaptive._calibrate_classifier import calibrate_classifier
 from adaptive._classifier_losses import ClassLoss, ClassLossName
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
+from adaptive._distributed import from_first
 from adaptive._encoders import is_classifier
 from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_units
 from adaptive._exits import Exits, get_exits
@@ -24,7 +25,7 @@ from adaptive._families import layers_of
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
 from adaptive._path import Path, choose_path
-from adaptive._runs import Run, full_depth, run_units
+from adaptive._runs import Run, full_depth, require_same_work, run_units
 from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
 from adaptive._stages import is_staged
 from adaptive._tier import Tier
@@ -246,6 +247,7 @@ def calibrate(
             raise InvalidArgumentError("device", device, f"a usable device ({reason})") from error
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
     settings = deployment.settings(model)
+    require_same_work(model, units)
     split = _split(model, units, training=training, rng=int(rng), progress=progress)
     exits = split.exits
     family = (
@@ -296,12 +298,19 @@ def calibrate(
             return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=slower)
     if ledger is not None:
         data = facts.fingerprints["data"]
-        entry = ledger.spend(delta, purpose=f"calibrate {measured.name} at {risk:g}", data=data)
-        account = {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
+        purpose = f"calibrate {measured.name} at {risk:g}"
+        account = from_first(lambda: _booked(ledger, delta, purpose=purpose, data=data))
         facts = replace(facts, split=facts.split | {"ledger": account})
-    return bench.certify(
+    found = bench.certify(
         path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=int(rng)
     )
+    return replace(found, certificate=from_first(lambda: found.certificate))
+
+
+def _booked(ledger: DeltaLedger, delta: float, *, purpose: str, data: str) -> dict[str, Any]:
+    """Spend delta, and say what the account looks like then."""
+    entry = ledger.spend(delta, purpose=purpose, data=data)
+    return {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
 
 
 @dataclass(frozen=True)
@@ -414,8 +423,10 @@ class _Bench:
     def seconds(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
         """Seconds per generated token of each policy, one prompt at a time."""
         few = self.split.fit.select(range(min(4, len(self.split.fit))))
-        return seconds_per_token(
-            self.model, few, policies, deployment=self.deployment, tier=self.tier
+        return from_first(
+            lambda: seconds_per_token(
+                self.model, few, policies, deployment=self.deployment, tier=self.tier
+            )
         )
 
     def no_gain(self, path: Path, risk: float) -> str | None:
@@ -453,12 +464,14 @@ class _Bench:
 
         layers = len(layers_of(self.model))
         depths = {"0": float(layers)}
+        counts: dict[str, list[int]] = {}
         visited: dict[int, NDArray[np.float64]] = {}
 
         def losses(column: int) -> NDArray[np.float64]:
             member = self.family.member(path.knobs[column])
             runs = self.run(test, member, f"testing member {column} of {len(path.knobs) - 1}")
             depths[str(column)] = mean_run_depth(runs, self.exits.layers, layers)
+            counts[str(column)] = exit_counts(runs, len(self.exits.layers))
             visited[column] = self.loss.of(runs, full, test.references)
             return visited[column]
 
@@ -478,6 +491,8 @@ class _Bench:
         certificate = facts.completed(result.certificate)
         walked = {
             "mean_depth": depths,
+            "exit_layers": [*self.exits.layers, layers],
+            "exit_counts": counts,
             "knobs": [str(knob) for knob in path.knobs],
             "predicted": [float(value) for value in path.predicted],
         }
@@ -572,6 +587,12 @@ def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> 
     depth = np.array([*exits, layers], dtype=np.float64)
     later = np.concatenate([run.stages[1:] for run in runs])
     return float(depth[later].mean()) if later.size else float(layers)
+
+
+def exit_counts(runs: Sequence[Run], exits: int) -> list[int]:
+    """Tokens per exit, full depth last, the first of each text not counted."""
+    later = np.concatenate([run.stages[1:] for run in runs])
+    return [int(count) for count in np.bincount(later, minlength=exits + 1)]
 
 
 def _test_of(loss: UnitLoss, method: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from adaptive._classifier_losses import ClassLoss, ClassLossName, RowLoss, row_loss
@@ -22,6 +21,7 @@ from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_unit
 from adaptive._examples import Examples, read_examples
 from adaptive._path import GRID, Path, place_members
 from adaptive._predict import Prediction, check_policy, predict_rows, stages_of
+from adaptive._progress import bar
 from adaptive._rows import take_rows
 from adaptive._stages import AbstractStages
 from adaptive._train_classifier import ClassifierTraining, train_classifier_exits
@@ -276,13 +276,13 @@ class _Bench:
         # an error rate of its own is tested for full computation too, as column 1
         first = 0 if self.loss.relative else 1
         knobs = (*path.knobs[:first], *path.knobs)
-        bar = tqdm(total=len(knobs), desc="testing", unit="member", disable=not self.progress)
+        shown = bar(total=len(knobs), desc="testing", unit="member", progress=self.progress)
         whole = self.run(None)
         depths = {str(first): whole.mean_depth}
         visited: dict[int, NDArray[np.float64]] = {}
 
         def losses(column: int) -> NDArray[np.float64]:
-            bar.update(1)
+            shown.update(1)
             run = whole if column == first else self.run(self.family.member(knobs[column]))
             depths[str(column)] = run.mean_depth
             visited[column] = self.loss.of(run.logits, whole.logits, test.labels)
@@ -300,7 +300,7 @@ class _Bench:
             "unit": "input",
         }
         result = control_risk(losses, n_columns=len(knobs), **settings)
-        bar.close()
+        shown.close()
         evidence = {
             "mean_depth": depths,
             "knobs": [str(knob) for knob in knobs],

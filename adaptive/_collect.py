@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from adaptive._choose import Chooser
 from adaptive._deployment import Deployment
+from adaptive._distributed import from_first, gathered, processes, share
 from adaptive._exits import Exits, require_exits
 from adaptive._families import Readout
 from adaptive._inputs import Units, texts_batch
+from adaptive._progress import bar
 from adaptive._tier import Tier, executor_for
 from adaptive._timing import stage_seconds
 from adaptive.calibration import InvalidArgumentError, Trace
@@ -82,8 +83,9 @@ def collect(
     if not order:
         raise InvalidArgumentError("texts", "no text of two tokens", "longer continuations")
     rows: dict[int, dict[str, NDArray[Any]]] = {}
-    with tqdm(total=len(order), desc="tracing", unit="unit", disable=not progress) as bar:
-        for start in range(0, len(order), deployment.batch_size):
+    own = -(-len(order) // processes())
+    with bar(total=own, desc="tracing", unit="unit", progress=progress) as shown:
+        for start in share(range(0, len(order), deployment.batch_size)):
             index = order[start : start + deployment.batch_size]
             pairs = [(units.prompts[i], texts[i]) for i in index]
             ids, mask = texts_batch(pairs, model.device)
@@ -92,7 +94,8 @@ def collect(
             states, readout = full_states(model, ids, mask, exits.layers, tier=tier)
             found = _read(exits, states, readout, ids, mask.shape[1], chooser, score, asked)
             rows.update(zip(index, _split(found, pairs), strict=True))
-            bar.update(len(index))
+            shown.update(len(index))
+    rows = gathered(rows)
     kept = sorted(rows)
     joined = {name: np.concatenate([rows[i][name] for i in kept]) for name in rows[kept[0]]}
     if len(asked) < len(exits.layers):
@@ -101,7 +104,7 @@ def collect(
     return Trace(
         scores=joined.pop("scores"),
         losses={"disagreement": joined.pop("disagreement")},
-        costs=stage_seconds(model, exits, tier=tier),
+        costs=from_first(lambda: stage_seconds(model, exits, tier=tier)),
         cost_quantity="seconds",
         lengths=np.array([len(texts[i]) - 1 for i in kept]),
         unit_ids=tuple(units.ids[i] for i in kept),

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from adaptive._classifier_losses import ClassLossName, RowLoss, row_loss
 from adaptive._examples import Examples, read_examples
 from adaptive._predict import features, predict_rows, stages_of
+from adaptive._progress import bar
 from adaptive._rows import Batch, count_rows, take_rows
 from adaptive._stages import AbstractStages, StageOutput
 from adaptive.calibration import InvalidArgumentError, Trace
@@ -87,7 +87,7 @@ def stage_table(
     """
     parts: list[tuple[list[Tensor], Tensor]] = []
     spent: list[float] = []
-    with tqdm(total=len(units), desc="tracing", unit="input", disable=not progress) as bar:
+    with bar(total=len(units), desc="tracing", unit="input", progress=progress) as shown:
         for start in range(0, len(units), batch_size):
             rows = torch.arange(start, min(len(units), start + batch_size))
             batch = stages.prepared(take_rows(units.inputs, rows))
@@ -102,7 +102,7 @@ def stage_table(
             scores = _scores(outputs, score, asked, keys, seed)
             parts.append(([output.logits.float().cpu() for output in outputs], scores.cpu()))
             spent = [a + b for a, b in zip(spent or [0.0] * len(outputs), seconds, strict=True)]
-            bar.update(len(rows))
+            shown.update(len(rows))
     return StageTable(
         logits=tuple(torch.cat([part[0][stage] for part in parts]) for stage in range(len(spent))),
         scores=torch.cat([part[1] for part in parts]),

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from adaptive._collect import choices_along, full_states
 from adaptive._deployment import Deployment
-from adaptive._exits import Exits
+from adaptive._distributed import gathered, processes, require_equal, share
+from adaptive._exits import Exits, get_exits
+from adaptive._fingerprint import model_fingerprint
 from adaptive._generate import generate
 from adaptive._inputs import Units, batches
 from adaptive._output import AdaptiveOutput
+from adaptive._progress import bar
+from adaptive._settings import exits_fingerprint
 from adaptive._tier import Tier
 from adaptive.policies import Policy, Saturation, Threshold
 
@@ -49,6 +52,20 @@ class Run:
 def full_depth(exits: Exits) -> Policy:
     """Return the policy that never stops early and whose checks cost nothing."""
     return Policy(Saturation(), Threshold(), stages=(len(exits.layers) - 1,))
+
+
+def require_same_work(model: PreTrainedModel, units: Units) -> None:
+    """Check that all processes were given the same, before they wait for each other's results.
+
+    Raises
+    ------
+    ProcessesDifferError
+        If not.
+    """
+    if processes() > 1:
+        exits = get_exits(model)
+        described = None if exits is None else exits_fingerprint(exits)
+        require_equal({"model": model_fingerprint(model), "exits": described, "dataset": units.ids})
 
 
 def run_units(
@@ -88,10 +105,10 @@ def run_units(
     found: dict[int, Run] = {}
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     pad = deployment.prepared(model, ids, torch.ones_like(ids)).pad
-    with tqdm(total=len(units), desc=description, unit="unit", disable=not progress) as bar:
-        for index, ids, mask in batches(
-            units, size=deployment.batch_size, pad=pad, device=model.device
-        ):
+    everyone = batches(units, size=deployment.batch_size, pad=pad, device=model.device)
+    own = -(-len(units) // processes())
+    with bar(total=own, desc=description, unit="unit", progress=progress) as shown:
+        for index, ids, mask in share(everyone):
             output = generate(
                 model,
                 ids,
@@ -106,7 +123,8 @@ def run_units(
                 names = [units.ids[i] for i in index]
                 output.agreement = _agreement(model, output, ids, mask, names, deployment, tier)
             found.update(zip(map(int, index), _rows(output, ids.shape[1]), strict=True))
-            bar.update(len(index))
+            shown.update(len(index))
+    found = gathered(found)
     return tuple(found[i] for i in range(len(units)))
 
 

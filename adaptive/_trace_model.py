@@ -12,7 +12,7 @@ from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._inputs import read_units
-from adaptive._runs import full_depth, run_units
+from adaptive._runs import full_depth, require_same_work, run_units
 from adaptive._tier import Tier
 from adaptive.calibration import Trace
 from adaptive.policies import AbstractScore
@@ -68,6 +68,7 @@ def collect_trace(
     units = read_units(
         dataset, model=model, tokenizer=tokenizer, column=column, groups=groups
     ).distinct()
+    require_same_work(model, units)
     runs = run_units(
         model,
         units,

@@ -19,17 +19,18 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._collect import full_states
 from adaptive._deployment import Deployment
+from adaptive._distributed import from_first, processes
 from adaptive._exits import Exits, ExitsRecord, attach_exits
 from adaptive._families import Readout
 from adaptive._fingerprint import tokens_hash
 from adaptive._inputs import Units, read_units, texts_batch
+from adaptive._progress import bar
 from adaptive._runs import full_depth, run_units
-from adaptive.calibration import InvalidArgumentError
+from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 _SAVE_EVERY = 50
@@ -146,6 +147,8 @@ def train_exits(
         raise InvalidArgumentError(
             "dataset", f"{len(units)} distinct prompts", "at least 4 distinct prompts"
         )
+    if checkpoint is not None and processes() > 1:
+        raise UnsupportedError("a checkpoint of one training run is written by one process")
     exits = attach_exits(model, layers, rank=training.rank)
     settings = asdict(training) | {"rng": rng, "layers": list(exits.layers)}
     store = _Checkpoint(
@@ -175,8 +178,17 @@ def train_exits(
         exits.kept = _frequent(shaping, readout, training.kept_vocabulary)
     record = ExitsRecord(model=exits.record.model, units=units.ids, settings=settings)
     exits.record = record
+    _take_first(exits)
     store.clear()
     return attach_exits(model, exits)
+
+
+def _take_first(exits: Exits) -> None:
+    """Let every process hold the first one's weights, to the last digit."""
+    if processes() > 1:
+        state = from_first(lambda: {k: value.cpu() for k, value in exits.state_dict().items()})
+        exits.kept = nn.Parameter(state["kept"].to(exits.kept.device), requires_grad=False)
+        exits.load_state_dict(state)
 
 
 class _Checkpoint:
@@ -288,7 +300,7 @@ def _sample(
             "dataset", "prompts whose text ends at once", "prompts the model continues"
         )
     found: list[Tensor] = []
-    with tqdm(total=len(usable), desc="hidden states", unit="unit", disable=not progress) as bar:
+    with bar(total=len(usable), desc="hidden states", unit="unit", progress=progress) as shown:
         for start in range(0, len(usable), training.batch_size):
             index = usable[start : start + training.batch_size]
             pairs = [(units.prompts[i], texts[i]) for i in index]
@@ -298,7 +310,7 @@ def _sample(
                 n = len(text) - 1
                 chosen = torch.from_numpy(generator.permutation(n)[:share])
                 found.append(torch.stack([state[row, :n].cpu()[chosen] for state in states]))
-            bar.update(len(index))
+            shown.update(len(index))
     return _Slots(torch.cat(found, dim=1))
 
 
@@ -324,7 +336,7 @@ def _fit_translators(
     }
     optimizer = torch.optim.AdamW(learned.values(), lr=training.learning_rate, weight_decay=0.0)
     first = _resume(store.tensors(), learned, optimizer)
-    for step in tqdm(range(training.steps), desc="translators", unit="step", disable=not progress):
+    for step in bar(range(training.steps), desc="translators", unit="step", progress=progress):
         index = torch.randint(len(slots), (_MINIBATCH,), generator=generator)
         if step < first:
             continue  # the draw above keeps a resumed run on the same random numbers
@@ -394,7 +406,7 @@ def _fit_probes(exits: Exits, slots: _Slots, readout: Readout, rng: int, progres
     """Fit one logistic regression per exit: does its choice agree with the full model's."""
     device = exits.down.device
     choices = _argmax(slots.states[-1], readout, device)
-    for exit in tqdm(range(len(exits.layers)), desc="probes", unit="exit", disable=not progress):
+    for exit in bar(range(len(exits.layers)), desc="probes", unit="exit", progress=progress):
         states = slots.states[exit]
         answers = torch.cat(
             [

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._classifier_exits import ClassifierExits, untrained_exits
@@ -19,6 +18,7 @@ from adaptive._encoder_stages import EncoderStages
 from adaptive._encoders import EncoderRun, encoder_layers
 from adaptive._examples import Examples, read_examples
 from adaptive._exits import ExitsRecord
+from adaptive._progress import bar
 from adaptive._rows import take_rows
 from adaptive._train import fit_probe
 from adaptive.calibration import InvalidArgumentError
@@ -121,7 +121,7 @@ def train_classifier_exits(
         targets = F.one_hot(torch.from_numpy(units.labels), exits.classes).float()
     order = np.random.default_rng(rng).permutation(len(units))
     shaping, probing = (torch.from_numpy(part) for part in np.array_split(order, 2))
-    for exit in tqdm(range(len(exits.layers)), desc="exits", unit="exit", disable=not progress):
+    for exit in bar(range(len(exits.layers)), desc="exits", unit="exit", progress=progress):
         states = summaries[exit]
         weight, bias = fit_classifier(states[shaping], targets[shaping], steps=training.steps)
         exits.weight[exit].copy_(weight)
@@ -145,7 +145,7 @@ def _states(
     found: list[Tensor] = []
     finals: list[Tensor] = []
     bounds = (0, *exits.layers)
-    with tqdm(total=len(units), desc="hidden states", unit="input", disable=not progress) as bar:
+    with bar(total=len(units), desc="hidden states", unit="input", progress=progress) as shown:
         for start in range(0, len(units), size):
             rows = torch.arange(start, min(len(units), start + size))
             run = EncoderRun(stages.model, stages.prepared(take_rows(units.inputs, rows)))
@@ -156,7 +156,7 @@ def _states(
             run.forward(exits.layers[-1], encoder_layers(stages.model))
             found.append(torch.stack(read))
             finals.append(run.logits().float().cpu())
-            bar.update(len(rows))
+            shown.update(len(rows))
     return torch.cat(found, dim=1), torch.cat(finals)
 
 

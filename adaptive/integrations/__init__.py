@@ -1,0 +1,1 @@
+"""Doors to other tools; each is imported on its own and needs its extra."""

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adaptive import calibration as calibration
+    from adaptive import displays as displays
     from adaptive import policies as policies
     from adaptive._calibrate import calibrate as calibrate
     from adaptive._departure import first_departures as first_departures
     from adaptive._departure import flip_bound as flip_bound
     from adaptive._departure import path_losses as path_losses
-    from adaptive._display import RiskPathDisplay as RiskPathDisplay
     from adaptive._exits import Exits as Exits
     from adaptive._exits import NoExitsError as NoExitsError
     from adaptive._exits import attach_exits as attach_exits
@@ -55,7 +55,6 @@ _HOMES = {
     "InvalidArgumentError": "adaptive.calibration",
     "NoExitsError": "adaptive._exits",
     "Policy": "adaptive.policies",
-    "RiskPathDisplay": "adaptive._display",
     "Threshold": "adaptive.policies",
     "Trace": "adaptive.calibration",
     "UnsupportedError": "adaptive.calibration",
@@ -74,7 +73,7 @@ _HOMES = {
     "predict": "adaptive._predict",
     "train_exits": "adaptive._train",
 }
-_FLOORS = ("calibration", "policies")
+_FLOORS = ("calibration", "displays", "policies")
 
 # With a clone's root as working directory, Python takes this folder for the installed package:
 # there the lower floors lie beside it, not in it.

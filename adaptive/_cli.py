@@ -1,4 +1,4 @@
-"""The command line: ``adaptive demo | calibrate | generate | inspect``."""
+"""The command line: ``adaptive demo | calibrate | generate | inspect | report``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from adaptive.calibration import CertificateError, InvalidArgumentError, minimum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adaptive._display_depth import TokenDepthDisplay
+    from adaptive.policies import Policy
 
 app = typer.Typer(
     add_completion=False,
@@ -196,6 +199,65 @@ def inspect(
             f"{title}: " + ", ".join(f"{name} = {value}" for name, value in values.items())
         )
     console.print(f"created: {certificate.created}")
+
+
+@app.command()
+def report(
+    policy: Annotated[Path, typer.Argument(help="Directory of a saved policy.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    model: Annotated[
+        str | None, typer.Option(help="Model to generate examples with, directory or hub name.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt of an example; may be given several times.")
+    ] = None,
+) -> None:
+    """Write a calibration's report: one self-contained HTML page."""
+    if bool(prompt) != bool(model):
+        raise InvalidArgumentError("prompt", prompt, "given together with `model`")
+    from adaptive._report import calibration_report
+    from adaptive.policies import Policy
+
+    saved = Policy.from_pretrained(policy)
+    examples = [] if model is None else _examples(model, saved, policy, prompt or [])
+    page = calibration_report(saved, examples=examples)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    Console().print(f"Written to {out}.")
+
+
+def _examples(
+    name: str, policy: Policy, folder: Path, prompts: list[str]
+) -> list[TokenDepthDisplay]:
+    """Generate as the certificate says, or 64 tokens where it does not say."""
+    from adaptive._display_depth import TokenDepthDisplay
+    from adaptive._exits import attach_exits
+    from adaptive._generate import generate as decode
+    from adaptive._output import AdaptiveOutput
+
+    loaded, tokenizer = _load(name)
+    if (folder / "exits.json").is_file():
+        attach_exits(loaded, folder)
+    certificate = policy.certificate
+    decoding = {} if certificate is None else certificate.decoding
+    found = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        if inputs["input_ids"].shape[1] == 0:
+            raise InvalidArgumentError("prompt", prompt, "a text of at least one token")
+        output = decode(
+            loaded,
+            **inputs,
+            policy=policy,
+            certified=False,
+            max_new_tokens=int(decoding.get("max_new_tokens", 64)),
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert isinstance(output, AdaptiveOutput)
+        found.append(TokenDepthDisplay.from_output(output, loaded, tokenizer=tokenizer))
+    return found
 
 
 def read_prompts(path: Path) -> list[Any]:

@@ -17,12 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._calibrate import calibrate, mean_run_depth
 from adaptive._deployment import Deployment
-from adaptive._display import RiskPathDisplay, save_figure
+from adaptive._display import RiskPathDisplay
+from adaptive._display_axes import save_figure
+from adaptive._display_depth import TokenDepthDisplay
 from adaptive._exits import require_exits
 from adaptive._families import layers_of
 from adaptive._generate import generate
 from adaptive._inputs import Units, read_units
 from adaptive._output import AdaptiveOutput
+from adaptive._progress import bar
 from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions
 from adaptive._timing import layer_and_head_seconds
@@ -32,7 +35,6 @@ from adaptive.policies import Mode, Policy
 
 #: Longest functions used, in lines: prompts stay short enough for a demonstration.
 _LONGEST = 16
-_COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,9 @@ def _speeds(
     progress: bool,
 ) -> list[float]:
     """Tokens per second of each policy, taking turns over the same prompts."""
-    from tqdm.auto import tqdm
-
     spent, tokens = np.zeros(len(policies)), np.zeros(len(policies))
     few = fresh.prompts[:16]
-    for index, prompt in enumerate(tqdm(few, desc="timing", unit="prompt", disable=not progress)):
+    for index, prompt in enumerate(bar(few, desc="timing", unit="prompt", progress=progress)):
         ids = torch.tensor([prompt])
         for column, policy in enumerate(policies):
             start = time.perf_counter()
@@ -222,21 +222,8 @@ def _completion(
         return_dict_in_generate=True,
     )
     assert isinstance(output, AdaptiveOutput)
-    assert output.exit_stages is not None
-    stops = [*require_exits(model).layers, model.config.num_hidden_layers]
-    text = Text("\nOne completion, coloured by the layers behind each token: ")
-    for stage, layers in enumerate(stops):
-        text.append(f" {layers} ", style=f"reverse {_COLOURS[stage % len(_COLOURS)]}")
-        text.append(" ")
-    text.append("\n\n" + tokenizer.decode(ids[0], skip_special_tokens=True), style="dim")
-    for token, stage in zip(
-        output.sequences[0, ids.shape[1] :].tolist(), output.exit_stages[0].tolist(), strict=True
-    ):
-        text.append(
-            tokenizer.decode([token], skip_special_tokens=True),
-            style=_COLOURS[stage % len(_COLOURS)],
-        )
-    return text.append("\n")
+    display = TokenDepthDisplay.from_output(output, model, tokenizer=tokenizer)
+    return Text("\nOne completion: ").append_text(display.__rich__()).append("\n")
 
 
 def _plot(outcomes: Sequence[_Outcome], out: Path) -> Path | None:

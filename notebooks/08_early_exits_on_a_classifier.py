@@ -30,8 +30,9 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-from adaptive import Policy, RiskPathDisplay, Threshold, calibrate, predict
+from adaptive import Policy, Threshold, calibrate, predict
 from adaptive.classifiers import collect_predictions, train_classifier_exits
+from adaptive.displays import RiskPathDisplay
 from adaptive.policies import Margin, MaxProbability, NegativeEntropy, exit_stages, unit_losses
 
 torch.manual_seed(0)

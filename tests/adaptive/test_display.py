@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib import pyplot
 
-from adaptive import Certificate, InvalidArgumentError, RiskPathDisplay, control_risk
-from adaptive._display import save_figure
+from adaptive import Certificate, InvalidArgumentError, control_risk
+from adaptive._display_axes import save_figure
+from adaptive.displays import RiskPathDisplay
 
 
 def _certificate(*, holds: bool = True, **changes: Any) -> Certificate:
@@ -21,6 +22,7 @@ def _certificate(*, holds: bool = True, **changes: Any) -> Certificate:
         "means": {"wrong": [0.01, 0.03, 0.2] if holds else [0.3]},
         "mean_depth": {"0": 4.0, "1": 3.5, "2": 2.5, "3": 1.5},
         "upper_bound": {"wrong": 0.08} if holds else None,
+        "milliseconds_per_token": {"0": 8.0, "1": 7.0, "2": 6.0} if holds else {},
     }
     fields: dict[str, Any] = {
         "holds": holds,
@@ -56,6 +58,7 @@ def test_a_display_reads_the_certificate() -> None:
         promise=0.1,
         index=2,
         bound=0.08,
+        times=(8.0, 7.0, 6.0, None),
     )
 
 
@@ -87,12 +90,20 @@ def test_a_certificate_without_visits_is_refused() -> None:
 
 def test_plot_draws_on_the_axes_given(ax: Any) -> None:
     display = RiskPathDisplay.from_certificate(_certificate())
-    assert display.plot(ax) is ax
+    drawn = display.plot(ax)
+    assert drawn.ax_ is ax
+    assert drawn.figure_ is ax.figure
+    assert drawn == display
+    assert display.ax_ is None  # nothing is kept on the display that was asked
+    assert set(drawn.artists_) == {"risk", "promise", "certified", "depth", "time"}
     line, promise = ax.get_lines()[:2]
     assert line.get_ydata().tolist() == [0.0, 0.01, 0.03, 0.2]
     assert set(promise.get_ydata()) == {0.1}
     (other,) = (axes for axes in ax.figure.axes if axes is not ax)
-    assert other.get_lines()[0].get_ydata().tolist() == [4.0, 3.5, 2.5, 1.5]
+    depth, time = other.get_lines()
+    assert depth.get_ydata().tolist() == [1.0, 0.875, 0.625, 0.375]  # of full computation
+    assert time.get_xdata().tolist() == [0, 1, 2]  # the last member was not timed
+    assert time.get_ydata().tolist() == [1.0, 0.875, 0.75]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["full", "1", "2", "3"]
     (star,) = ax.containers
     (segment,) = star.lines[2][0].get_segments()
@@ -104,8 +115,16 @@ def test_plot_draws_on_the_axes_given(ax: Any) -> None:
 
 def test_plot_makes_axes_of_its_own() -> None:
     found = RiskPathDisplay.from_certificate(_certificate()).plot()
-    assert found.get_ylabel() == "risk"
-    pyplot.close(found.figure)
+    assert found.ax_.get_ylabel() == "risk"
+    pyplot.close(found.figure_)
+
+
+def test_members_that_were_not_timed_have_no_times() -> None:
+    display = RiskPathDisplay.from_certificate(_certificate(holds=False))
+    assert display.times == ()
+    drawn = display.plot()
+    assert "time" not in drawn.artists_
+    pyplot.close(drawn.figure_)
 
 
 def test_figures_are_written_whole_or_not_at_all(

@@ -184,7 +184,7 @@ def collect_predictions(
     Parameters
     ----------
     model
-        As for :func:`predict`, with exits.
+        As for :func:`~adaptive.predict`, with exits.
     dataset
         As for :func:`~adaptive.calibrate`; equal inputs count once.
     score : AbstractScore, optional

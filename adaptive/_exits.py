@@ -207,7 +207,7 @@ class Exits(nn.Module):
         token: str | bool | None = None,
         **download: Any,
     ) -> Self:
-        """Read exits saved by :meth:`save_pretrained` or uploaded by :meth:`push_to_hub`.
+        """Read exits saved by :meth:`save_pretrained` or uploaded by ``push_to_hub``.
 
         Parameters
         ----------
@@ -219,7 +219,7 @@ class Exits(nn.Module):
         token : str or bool, optional
             For a private repository; by default the one saved on this machine.
         **download
-            As for :func:`huggingface_hub.snapshot_download`: ``cache_dir``, ``force_download``,
+            As for ``huggingface_hub.snapshot_download``: ``cache_dir``, ``force_download``,
             ``local_files_only``.
 
         Raises

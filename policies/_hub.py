@@ -34,7 +34,7 @@ def located(
         Branch, tag or commit.
     token : str or bool, optional
     **download
-        As for :func:`huggingface_hub.snapshot_download` (``cache_dir``, ``force_download``,
+        As for ``huggingface_hub.snapshot_download`` (``cache_dir``, ``force_download``,
         ``local_files_only``).
 
     Raises

@@ -214,7 +214,7 @@ class Policy:
         token: str | bool | None = None,
         **download: Any,
     ) -> Self:
-        """Read a policy saved by :meth:`save_pretrained` or uploaded by :meth:`push_to_hub`.
+        """Read a policy saved by :meth:`save_pretrained` or uploaded by ``push_to_hub``.
 
         Parameters
         ----------
@@ -226,7 +226,7 @@ class Policy:
         token : str or bool, optional
             For a private repository; by default the one saved on this machine.
         **download
-            As for :func:`huggingface_hub.snapshot_download`: ``cache_dir``, ``force_download``,
+            As for ``huggingface_hub.snapshot_download``: ``cache_dir``, ``force_download``,
             ``local_files_only``.
 
         Raises

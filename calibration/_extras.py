@@ -15,6 +15,7 @@ EXTRAS = {
     "matplotlib": "plots",
     "pyarrow": "arrow",
     "ray": "ray",
+    "river": "river",
 }
 
 

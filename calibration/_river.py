@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from adaptive.calibration._errors import InvalidArgumentError, UnsupportedError
+from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._extras import optional
 
 NAMES = {
     "ADWIN": "river.drift",
@@ -31,7 +31,7 @@ def river_detector(name: str, **settings: Any) -> Any:
 
     Raises
     ------
-    UnsupportedError
+    MissingExtraError
         If river is not installed: ``pip install 'adaptive-control[river]'``.
 
     Notes
@@ -41,10 +41,4 @@ def river_detector(name: str, **settings: Any) -> Any:
     """
     if name not in NAMES:
         raise InvalidArgumentError("name", name, f"one of {', '.join(NAMES)}")
-    try:
-        module = importlib.import_module(NAMES[name])
-    except ImportError as error:
-        raise UnsupportedError(
-            "river's detectors need river: pip install 'adaptive-control[river]'"
-        ) from error
-    return getattr(module, name)(**settings)
+    return getattr(optional(NAMES[name]), name)(**settings)

@@ -1,1 +1,3 @@
 """Doors to other tools; each is imported on its own and needs its extra."""
+
+__all__: list[str] = []

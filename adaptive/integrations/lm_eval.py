@@ -36,6 +36,8 @@ optional("lm_eval")
 from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
+__all__ = ["AdaptiveLM"]
+
 #: (context and continuation as text, tokens of the context, tokens of the continuation)
 Request = tuple[tuple[str, str], list[int], list[int]]
 

@@ -31,11 +31,11 @@ import torch
 from adaptive import (
     CertificateMismatchError,
     Policy,
-    RiskPathDisplay,
     calibrate,
     generate,
     minimum_units,
 )
+from adaptive.displays import RiskPathDisplay
 from adaptive.examples import POOL, load_model, load_prompts
 
 model, tokenizer = load_model()

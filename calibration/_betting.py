@@ -19,12 +19,13 @@ arXiv:2505.22422. Bates et al. (2021), doi:10.1145/3478535, section 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import elementwise
 
+from adaptive.calibration._inversion import invert_log_p
+from adaptive.calibration._running import Block, plain, timelines
 from adaptive.calibration._validation import (
     check_positive,
     check_probability,
@@ -36,7 +37,7 @@ from adaptive.calibration._validation import (
 Array = NDArray[np.float64]
 _AGRAPA_CAP = 0.75
 _GRID = 1000
-_LEAST = 1e-12
+_LEAST = -1e12
 _BLOCK = 2_000_000
 
 
@@ -70,7 +71,7 @@ def wsr_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float = 1.
     0.008417
     """
     scaled, level = _prepare(losses, risk, delta, bound)
-    return -_wsr_peak(scaled, _wsr_bets(scaled, delta), level)
+    return -np.concatenate([_peak(_wsr_bets(part, delta), level) for part in timelines(scaled)])
 
 
 def agrapa_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float = 1.0) -> Array:
@@ -82,7 +83,7 @@ def agrapa_log_p(losses: ArrayLike, *, risk: float, delta: float, bound: float =
     The bets approximate the growth-optimal constant bet and do not depend on `delta`.
     """
     scaled, level = _prepare(losses, risk, delta, bound)
-    return -_agrapa_peak(scaled, np.full(scaled.shape[1], level))
+    return -np.concatenate([_agrapa_peak(part, level) for part in timelines(scaled)])
 
 
 def star_log_p(
@@ -137,22 +138,9 @@ def wsr_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> A
     """
     check_probability("delta", delta)
     scaled, upper = scale_losses(losses, bound)
-    bets = _wsr_bets(scaled, delta)
-    target = -math.log(delta)
-    out = np.ones(scaled.shape[1])
-    found = np.flatnonzero(_wsr_peak(scaled, bets, 1.0) >= target)
-    found = found[_wsr_peak(scaled[:, found], bets[:, found], _LEAST) < target]
-    out[_wsr_peak(scaled, bets, _LEAST) >= target] = _LEAST
-    if found.size:
-
-        def above(levels: Array, columns: NDArray[np.intp]) -> Array:
-            return _wsr_peak(scaled[:, columns], bets[:, columns], levels) - target
-
-        root = elementwise.find_root(
-            above, (np.full(found.size, _LEAST), np.ones(found.size)), args=(found,)
-        )
-        out[found] = root.x
-    return upper * out
+    target = math.log(delta)
+    roots = [_wsr_root(tuple(part), target) for part in timelines(scaled)]
+    return upper * np.concatenate(roots)
 
 
 def agrapa_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -> Array:
@@ -166,7 +154,8 @@ def agrapa_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) -
 
     def peak(column: Array, levels: Array) -> Array:
         blocks = np.array_split(levels, max(1, column.size * levels.size // _BLOCK))
-        return np.concatenate([_agrapa_peak(column, block) for block in blocks])
+        losses = plain(column)
+        return np.concatenate([_agrapa_peak([losses], block) for block in blocks])
 
     return grid_upper_bound(*scale_losses(losses, bound), delta, peak)
 
@@ -185,10 +174,17 @@ def star_upper_bound(
 
 
 def scale_losses(losses: ArrayLike, bound: float) -> tuple[Array, float]:
-    """Return losses [n_units, n_columns] in units of `bound`, checked against it, and `bound`."""
+    """Return losses [n_units, n_columns] in units of `bound`, checked against it, and `bound`.
+
+    Gains beyond 1e12 bounds count as 1e12: sums beside them would be lost in rounding, and a loss
+    that is raised never makes evidence.
+    """
     matrix = float_matrix("losses", losses)
     upper = check_positive("bound", bound)
     require_at_most("losses", matrix, upper)
+    least = _LEAST * upper
+    if matrix.min() < least:
+        matrix = np.maximum(matrix, least)
     return (matrix if upper == 1.0 else matrix / upper), upper
 
 
@@ -198,34 +194,72 @@ def _prepare(losses: ArrayLike, risk: float, delta: float, bound: float) -> tupl
     return scale_losses(losses, upper)[0], level / upper
 
 
-def _running_moments(scaled: Array) -> tuple[Array, Array]:
-    """Predictable mean and variance before each unit, [n_units, n_columns] each."""
-    counts = np.arange(2, scaled.shape[0] + 2, dtype=np.float64)[:, None]
-    mean = (0.5 + np.cumsum(scaled, axis=0)) / counts
-    variance = (0.25 + np.cumsum((scaled - mean) ** 2, axis=0)) / counts
-    first = np.ones((1, scaled.shape[1]))
-    return np.vstack([0.5 * first, mean[:-1]]), np.vstack([0.25 * first, variance[:-1]])
+def _moments_before(losses: Iterable[Block]) -> Iterator[tuple[Block, Array, Array]]:
+    """Each block with the sums over the units before each: of losses, of squared deviations.
+
+    They start at 1/2 and 1/4, so that sums over time are running mean and variance. A unit's
+    deviation is from the mean that includes it.
+    """
+    total: float | Array = 0.5
+    spread: float | Array = 0.25
+    for block in losses:
+        totals, total = block.sums_before(block.values, total)
+        deviations = block.values * block.times
+        deviations -= totals
+        deviations /= block.times + 1.0
+        deviations *= deviations
+        spreads, spread = block.sums_before(deviations, spread)
+        yield block, totals, spreads
 
 
-def _wsr_bets(scaled: Array, delta: float) -> Array:
-    _, variance = _running_moments(scaled)
-    target = -2.0 * math.log(delta) / scaled.shape[0]
-    return np.asarray(np.minimum(1.0, np.sqrt(target / variance)))
+def _wsr_bets(losses: Iterable[Block], delta: float) -> Iterator[tuple[Block, Array]]:
+    for block, _, spreads in _moments_before(losses):
+        bet = np.multiply(block.times, -2.0 * math.log(delta) / block.n_units)
+        bet = np.divide(bet, spreads, out=spreads)
+        np.sqrt(bet, out=bet)
+        yield block, block.without_padding(np.minimum(bet, 1.0, out=bet))
 
 
-def _wsr_peak(scaled: Array, bets: Array, level: float | Array) -> Array:
-    with np.errstate(divide="ignore"):
-        gains = np.log(np.maximum(1.0 - bets * (scaled - level), 0.0))
-    return np.asarray(np.maximum(np.cumsum(gains, axis=0).max(axis=0), 0.0))
+def _agrapa_bets(losses: Iterable[Block], levels: float | Array) -> Iterator[tuple[Block, Array]]:
+    limit = _AGRAPA_CAP / (1.0 - levels)
+    for block, totals, spreads in _moments_before(losses):
+        gap = levels - totals / block.times
+        bets = np.clip(gap / (spreads / block.times + gap**2), 0.0, limit)
+        yield block, block.without_padding(bets)
 
 
-def _agrapa_peak(scaled: Array, levels: Array) -> Array:
-    mean, variance = _running_moments(scaled)
-    gap = levels - mean
-    with np.errstate(divide="ignore"):
-        limit = np.where(levels < 1.0, _AGRAPA_CAP / (1.0 - levels), np.inf)
-    bets = np.clip(gap / (variance + gap**2), 0.0, limit)
-    return _wsr_peak(scaled, bets, levels)
+def _wsr_root(losses: Sequence[Block], target: float) -> Array:
+    """Smallest level per column at which minus the largest log wealth is at most `target`."""
+    laid = tuple(_wsr_bets(losses, math.exp(target)))
+    block, bets = laid[0]
+    if block.folded:
+        mean = sum(float(part.values.sum()) for part in losses) / block.n_units
+        return invert_log_p(lambda level, _: -_peak(laid, level), np.array([mean]), target)
+
+    def log_p(levels: Array, columns: NDArray[np.intp]) -> Array:
+        return -_peak([(plain(block.values[:, columns]), bets[:, columns])], levels)
+
+    return invert_log_p(log_p, block.values.mean(axis=0), target)
+
+
+def _peak(laid: Iterable[tuple[Block, Array]], level: float | Array) -> Array:
+    """Largest log wealth per column, at least 0, of bets of 1 / (1 - level) or less.
+
+    The bets are 0 in the padding. No factor is negative, in floating point neither.
+    """
+    wealth: float | Array = 0.0
+    peak = np.zeros(1)
+    for block, bet in laid:
+        factors = block.values - level
+        factors *= bet
+        np.subtract(1.0, factors, out=factors)
+        highest, wealth = block.log_products(factors, wealth)
+        peak = np.maximum(peak, highest)
+    return peak
+
+
+def _agrapa_peak(losses: Iterable[Block], levels: float | Array) -> Array:
+    return _peak(_agrapa_bets(losses, levels), levels)
 
 
 def _star_peak(scaled: Array, levels: Array, delta: float, prior: float) -> Array:

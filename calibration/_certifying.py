@@ -111,7 +111,7 @@ def _why_not(examiner: Examiner, tested: Tested, i: int) -> str:
     mean = examiner.visits[first].means[i]
     if mean >= source.risk:
         return f"Column {first}, the first tested, has mean {source.name} {mean:.6g} itself."
-    spread = examiner.visits[first].spreads[i]
+    spread = float(examiner.read(i, first).std())
     z = special.ndtri(1.0 - level) + special.ndtri(0.9)
     units = max(least, math.ceil((z * spread / (source.risk - mean)) ** 2))
     return (

@@ -36,7 +36,6 @@ class Visit:
 
     log_p: float
     means: tuple[float, ...]
-    spreads: tuple[float, ...]
     positive_means: tuple[float, ...]
     digests: tuple[str, ...]
 
@@ -73,11 +72,11 @@ class Examiner:
         if not isinstance(test, ExactBinomial):
             values = values.astype(np.float64, copy=False)
         losses: NDArray[Any] = values[:, None]
-        if values.dtype != np.bool_:
+        if values.dtype != np.bool_ and test.least > -np.inf:
             require_at_least(
                 "losses", losses, test.least, reason=f"{test.name} test", first_column=column
             )
-        return losses[self.order] if test.ordered else losses
+        return np.take(values, self.order)[:, None] if test.ordered else losses
 
     def visit(self, column: int) -> float:
         """Return the log p-value of one column, the largest over the losses."""
@@ -92,10 +91,9 @@ class Examiner:
             signed = bool(losses.min() < 0.0)
             positive = np.maximum(losses, 0.0).mean() if signed else mean
             digest = f"{zlib.crc32(np.ascontiguousarray(losses).data):08x}"
-            spread = float(np.sqrt(mean * (1 - mean)) if losses.dtype == bool else losses.std())
-            parts.append((float(log_p[0]), float(mean), spread, float(positive), digest))
-        log_ps, means, spreads, positives, digests = zip(*parts, strict=True)
-        self.visits[column] = Visit(max(log_ps), means, spreads, positives, digests)
+            parts.append((float(log_p[0]), float(mean), float(positive), digest))
+        log_ps, means, positives, digests = zip(*parts, strict=True)
+        self.visits[column] = Visit(max(log_ps), means, positives, digests)
         return self.visits[column].log_p
 
     def upper_bounds(self, column: int) -> dict[str, float]:

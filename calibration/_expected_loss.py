@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._hoeffding import invert_log_p
+from adaptive.calibration._inversion import invert_log_p
 from adaptive.calibration._probability import equal_mass_edges
 from adaptive.calibration._unit_tables import (
     cut_points,
@@ -168,11 +168,11 @@ def _ratio_limit(share: Array, mean: Array, delta: float) -> float:
     alike, counts = np.unique(rows, axis=0, return_counts=True)
     bets = _SHARES[:, None] * alike[:, 0]
 
-    def log_p(level: Array) -> Array:
+    def log_p(level: Array, _: NDArray[np.intp]) -> Array:
         gains = np.log1p(bets * ((1.0 - alike[:, 1]) / (1.0 - level) - 1.0))
-        return np.asarray(math.log(_SHARES.size) - np.logaddexp.reduce(gains @ counts))
+        return np.atleast_1d(math.log(_SHARES.size) - np.logaddexp.reduce(gains @ counts))
 
-    return float(invert_log_p(log_p, np.zeros(1), delta)[0])
+    return float(invert_log_p(log_p, np.zeros(1), math.log(delta))[0])
 
 
 def _range(losses: Array, lower: float, upper: float) -> tuple[float, float]:

@@ -11,10 +11,10 @@ from scipy import special
 
 from adaptive.calibration._binomial import binomial_log_p
 from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._inversion import invert_log_p
 from adaptive.calibration._validation import check_positive, check_probability
 
 Array = NDArray[np.float64]
-LogP = Callable[[Array], Array]
 
 
 def hoeffding_log_p(
@@ -165,35 +165,18 @@ def hoeffding_bentkus_upper_bound(
     return _inverse(hoeffding_bentkus_log_p, total, n_units, delta, bound)
 
 
-def invert_log_p(log_p: LogP, low: Array, delta: float) -> Array:
-    """Return the smallest level in [low, 1] at which a decreasing `log_p` is ln delta; 1 if none.
-
-    Parameters
-    ----------
-    log_p : callable
-        Log p-value as a decreasing function of the level, elementwise.
-    low : ndarray of float64
-        Levels where the p-value is known to be above delta.
-    delta : float
-        Error probability.
-    """
-    target = math.log(delta)
-    low = np.maximum(low, 1e-300)
-    high = np.ones_like(low)
-    for _ in range(48):
-        middle = np.clip(0.5 * (low + high), None, np.nextafter(1.0, 0.0))
-        passed = log_p(middle) <= target
-        high = np.where(passed, middle, high)
-        low = np.where(passed, low, middle)
-    return high
-
-
 def _inverse(
     log_p: Callable[..., Array], total: ArrayLike, n_units: ArrayLike, delta: float, bound: float
 ) -> Array:
     check_probability("delta", delta)
     sums, n, _ = _scaled(total, n_units, 0.5 * bound, bound)
-    return bound * invert_log_p(lambda level: log_p(sums, n, risk=level), sums / n, delta)
+    flat_sums, flat_n = sums.ravel(), n.ravel()
+    found = invert_log_p(
+        lambda level, place: log_p(flat_sums[place], flat_n[place], risk=level),
+        flat_sums / flat_n,
+        math.log(delta),
+    )
+    return bound * found.reshape(sums.shape)
 
 
 def _scaled(

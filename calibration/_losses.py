@@ -95,7 +95,7 @@ class LossColumns:
 
     def _checked(self, values: NDArray[Any], column: int) -> Array:
         try:
-            matrix = values.astype(np.float64, copy=False)[:, None]
+            matrix = np.ascontiguousarray(values, dtype=np.float64)[:, None]
         except (TypeError, ValueError) as error:
             raise InvalidTypeError("losses", values, "an array of real numbers") from error
         require_finite("losses", matrix, first_column=column)

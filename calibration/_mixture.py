@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from scipy import special
 from adaptive.calibration._betting import scale_losses
 from adaptive.calibration._binomial import log_betainc
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._hoeffding import invert_log_p
+from adaptive.calibration._inversion import invert_log_p
 from adaptive.calibration._validation import (
     check_count,
     check_number,
@@ -25,6 +26,7 @@ from adaptive.calibration._validation import (
 
 Array = NDArray[np.float64]
 _FRACTIONS = np.geomspace(0.01, 0.99, 24)
+_BLOCK = 16 * 1024
 
 
 def constant_bet_log_wealth(
@@ -85,8 +87,11 @@ def mixture_upper_bound(losses: ArrayLike, *, delta: float, bound: float = 1.0) 
     """
     check_probability("delta", delta)
     scaled, upper = scale_losses(losses, bound)
-    start = np.zeros(scaled.shape[1])
-    return upper * invert_log_p(lambda levels: -_log_e(scaled, levels), start, delta)
+    return upper * invert_log_p(
+        lambda levels, columns: -_log_e(scaled[:, columns], levels),
+        scaled.mean(axis=0),
+        math.log(delta),
+    )
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,8 @@ class LossHistogram:
         if not check_number("low", low) < upper:
             raise InvalidArgumentError("low", low, f"below `bound` = {upper:g}")
         require_at_most("losses", matrix, upper)
-        place = np.ceil((np.maximum(matrix, low) - low) / (upper - low) * steps).astype(np.intp)
-        grid = low + (upper - low) * np.arange(steps + 1) / steps
-        place = np.minimum(place + (grid[np.minimum(place, steps)] < matrix), steps)
-        width = matrix.shape[1]
-        flat = np.bincount(
-            (place * width + np.arange(width)).ravel(), minlength=(steps + 1) * width
-        )
-        return cls(float(low), upper, flat.reshape(steps + 1, width))
+        counts = [_counted_up(column, float(low), upper, steps) for column in matrix.T]
+        return cls(float(low), upper, np.stack(counts, axis=1))
 
     @property
     def n_units(self) -> int:
@@ -161,18 +160,21 @@ class LossHistogram:
     def log_p_values(self, *, risk: float) -> Array:
         """Return ln p [n_columns] of H: E L > risk by the mixture of constant bets."""
         level, upper = check_risk(risk, self.bound)
-        levels = np.full(self.counts.shape[1], level / upper)
-        return np.asarray(-np.maximum(self._log_e(levels), 0.0))
+        steps = self.counts.shape[0] - 1
+        gains = _log_gains(level / upper, self.low / upper, steps)
+        log_e = special.logsumexp(gains @ self.counts, axis=0) - math.log(_FRACTIONS.size)
+        return np.asarray(-np.maximum(log_e, 0.0))
 
     def upper_bounds(self, *, delta: float) -> Array:
         """Return upper confidence bounds [n_columns] on E L, as `mixture_upper_bound` does."""
         check_probability("delta", delta)
-        start = np.zeros(self.counts.shape[1])
-        return self.bound * invert_log_p(lambda levels: -self._log_e(levels), start, delta)
-
-    def _log_e(self, levels: Array) -> Array:
         used = self.counts.any(axis=1)
-        return _log_e(self.grid[used, None] / self.bound, levels, self.counts[used])
+        grid, counts = self.grid[used, None] / self.bound, self.counts[used]
+        return self.bound * invert_log_p(
+            lambda levels, columns: -_log_e(grid, levels, counts[:, columns]),
+            (grid * counts).sum(axis=0) / self.n_units,
+            math.log(delta),
+        )
 
 
 def beta_mixture_log_p(
@@ -235,6 +237,29 @@ def beta_mixture_log_wealth(
     posterior = special.betaln(k + a, n - k + b) + log_betainc(k + a, n - k + b, m)
     start = special.betaln(a, b) + log_betainc(a, b, m)
     return np.asarray(posterior - start - k * np.log(m) - (n - k) * np.log1p(-m))
+
+
+def _counted_up(column: Array, low: float, upper: float, steps: int) -> NDArray[np.int64]:
+    """Count losses [n] per grid value, each at the least one that is not below it."""
+    grid = low + (upper - low) * np.arange(steps + 1) / steps
+    counts = np.zeros(steps + 1, dtype=np.int64)
+    for start in range(0, column.size, _BLOCK):
+        losses = column[start : start + _BLOCK]
+        position = np.maximum(losses, low)
+        position -= low
+        position *= steps / (upper - low)
+        place = np.minimum(np.ceil(position, out=position), steps, out=position).astype(np.intp)
+        place += grid[place] < losses
+        counts += np.bincount(np.minimum(place, steps, out=place), minlength=steps + 1)
+    return counts
+
+
+@functools.lru_cache(maxsize=8)
+def _log_gains(level: float, low: float, steps: int) -> Array:
+    """Log of each bet's factor at each grid value [n_bets, n_bins + 1], in units of the bound."""
+    grid = low + (1.0 - low) * np.arange(steps + 1) / steps
+    room = (1.0 - grid) / (1.0 - level)
+    return np.log1p(_FRACTIONS[:, None] * (room - 1.0))
 
 
 def _log_e(scaled: Array, levels: Array, counts: NDArray[np.int64] | None = None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,10 +22,10 @@ from adaptive.calibration._hoeffding import (
     bentkus_upper_bound,
     hoeffding_bentkus_log_p,
     hoeffding_bentkus_upper_bound,
-    invert_log_p,
     kl_hoeffding_log_p,
     kl_hoeffding_upper_bound,
 )
+from adaptive.calibration._inversion import invert_log_p
 from adaptive.calibration._mixture import beta_mixture_log_p
 from adaptive.calibration._risk_test import INDEPENDENT, AbstractRiskTest, Array
 from adaptive.calibration._validation import require_binary
@@ -70,7 +71,9 @@ class BetaMixture(AbstractRiskTest):
         errors = _errors(losses, bound).astype(np.float64)
         n = losses.shape[0]
         return invert_log_p(
-            lambda level: beta_mixture_log_p(errors, n, risk=level), errors / n, delta
+            lambda level, place: beta_mixture_log_p(errors[place], n, risk=level),
+            errors / n,
+            math.log(delta),
         )
 
     def assumptions(self, bound: float) -> tuple[str, ...]:

@@ -88,9 +88,8 @@ def float_matrix(name: str, value: ArrayLike) -> NDArray[np.float64]:
 
 def require_finite(name: str, array: NDArray[np.float64], *, first_column: int = 0) -> None:
     """Raise if `array` [n_units, n_columns] holds NaN or an infinity; name the place."""
-    wrong = ~np.isfinite(array)
-    if wrong.any():
-        unit, column = np.argwhere(wrong)[0]
+    if array.size and not (math.isfinite(array.min()) and math.isfinite(array.max())):
+        unit, column = np.argwhere(~np.isfinite(array))[0]
         place = f"{array[unit, column]} at unit {unit}, column {column + first_column}"
         raise InvalidArgumentError(name, place, "finite numbers")
 

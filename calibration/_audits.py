@@ -12,7 +12,13 @@ from scipy import optimize
 
 from adaptive.calibration._edetector import Array, Flags, stream_flags
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count, check_number, check_probability
+from adaptive.calibration._unit_tables import vector
+from adaptive.calibration._validation import (
+    as_floats,
+    check_count,
+    check_number,
+    check_probability,
+)
 
 
 class AbstractAudits(ABC):
@@ -204,7 +210,9 @@ def audit_coins(probabilities: ArrayLike, *, seed: int, unit: int) -> Flags:
     >>> audit_coins([0.5, 0.5, 0.5, 1.0], seed=7, unit=12).tolist()
     [True, False, True, True]
     """
-    p = np.asarray(probabilities, dtype=np.float64)
+    p = as_floats("probabilities", probabilities)
+    if not ((p >= 0.0) & (p <= 1.0)).all():
+        raise InvalidArgumentError("probabilities", probabilities, "in [0, 1]")
     numbers = [check_count("seed", seed, least=0), check_count("unit", unit, least=0)]
     return np.asarray(np.random.default_rng(numbers).random(p.shape) < p)
 
@@ -231,13 +239,14 @@ def corrected_losses(
     >>> corrected_losses([1.0, 0.0], audited=[True, False], **known).round(3).tolist()
     [1.9, 0.1]
     """
-    g, p = np.asarray(expected, np.float64), np.asarray(probabilities, np.float64)
+    g, p = _expected_and_probabilities(expected, probabilities)
     on = stream_flags("audited", audited, g.size)
-    x = np.where(on, np.asarray(losses, np.float64), g)
+    labels = as_floats("losses", losses)
+    if labels.shape != g.shape:
+        raise InvalidArgumentError("losses", f"shape {labels.shape}", f"of shape {g.shape}")
+    x = np.where(on, labels, g)
     if not np.isfinite(x).all():
         raise InvalidArgumentError("losses", "NaN or infinity where audited", "finite")
-    if not ((p > 0.0) & (p <= 1.0)).all():
-        raise InvalidArgumentError("probabilities", probabilities, "in (0, 1]")
     return np.asarray(g + (x - g) / p)
 
 
@@ -259,13 +268,29 @@ def corrected_range(
     >>> round(low, 3), round(high, 3)
     (-0.25, 9.91)
     """
-    g, p = np.asarray(expected, np.float64), np.asarray(probabilities, np.float64)
-    ends = [g, g + (lower - g) / p, g + (upper - g) / p]
+    g, p = _expected_and_probabilities(np.ravel(expected), np.ravel(probabilities))
+    low, high = check_number("lower", lower), check_number("upper", upper)
+    if not low < high:
+        raise InvalidArgumentError("upper", upper, f"above `lower` = {low:g}")
+    if not ((g >= low) & (g <= high)).all():
+        raise InvalidArgumentError("expected", expected, f"in [{low:g}, {high:g}]")
+    ends = [g, g + (low - g) / p, g + (high - g) / p]
     return float(np.min(ends)), float(np.max(ends))
 
 
+def _expected_and_probabilities(
+    expected: ArrayLike, probabilities: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    g, p = vector("expected", expected), vector("probabilities", probabilities)
+    if p.shape != g.shape:
+        raise InvalidArgumentError("probabilities", f"shape {p.shape}", f"of shape {g.shape}")
+    if not ((p > 0.0) & (p <= 1.0)).all():
+        raise InvalidArgumentError("probabilities", probabilities, "in (0, 1]")
+    return g, p
+
+
 def _expected(values: ArrayLike) -> NDArray[np.float64]:
-    g = np.asarray(values, dtype=np.float64)
+    g = as_floats("expected", values)
     if g.ndim != 1 or g.size == 0 or not (np.isfinite(g) & (g >= 0.0)).all():
         raise InvalidArgumentError("expected", values, "a non-empty vector, finite, not negative")
     return g

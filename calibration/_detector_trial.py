@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._monitor import AbstractRiskMonitor
-from adaptive.calibration._validation import check_count
+from adaptive.calibration._validation import as_floats, check_count
 
 Array = NDArray[np.float64]
 
@@ -150,8 +150,6 @@ def try_detector(make: Callable[[], Detector], losses: ArrayLike, *, change: int
         Simulated (`BernoulliStream`, ...) or recorded losses.
     change : int
         Units before the change; all of them for streams without one.
-    progress : bool
-        Show a progress bar.
 
     Returns
     -------
@@ -171,6 +169,8 @@ def try_detector(make: Callable[[], Detector], losses: ArrayLike, *, change: int
     (0.0, 0.0)
     """
     table = _table(losses, change)
+    if not callable(make):
+        raise InvalidTypeError("make", make, "a function that makes a new detector")
     counts = np.zeros((3, table.shape[1]), np.int64)
     for j in range(table.shape[1]):
         detector = make()
@@ -206,10 +206,12 @@ def try_monitor(
         As in `RiskMonitor.update`.
     """
     table = _table(losses, change)
+    if not isinstance(monitor, AbstractRiskMonitor):
+        raise InvalidTypeError("monitor", monitor, "a RiskMonitor or LifetimeRiskMonitor")
     streams = table.shape[1]
     others = [
-        None if other is None else np.asarray(other).reshape(table.shape)
-        for other in (expected, audited)
+        None if other is None else _companion(name, other, np.shape(losses)).reshape(table.shape)
+        for name, other in (("expected", expected), ("audited", audited))
     ]
     counts = np.zeros((3, streams), np.int64)
     state = monitor.init(streams)
@@ -228,8 +230,15 @@ def try_monitor(
     return DetectorTrial(counts[0], counts[1], counts[2], change, table.shape[0])
 
 
+def _companion(name: str, values: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.shape != shape:
+        raise InvalidArgumentError(name, f"shape {array.shape}", f"of shape {shape}, as `losses`")
+    return array
+
+
 def _table(losses: ArrayLike, change: int) -> Array:
-    table = np.asarray(losses, dtype=np.float64)
+    table = as_floats("losses", losses)
     if table.ndim == 1:
         table = table[:, None]
     if table.ndim != 2 or table.size == 0:

@@ -14,14 +14,15 @@ from adaptive.calibration._edetector import (
     EDetectorState,
     Flags,
     advance,
+    check_state,
     fresh_state,
     restarted,
     stream_flags,
 )
-from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._mixture import mixture_upper_bound
 from adaptive.calibration._probability import equal_mass_edges
-from adaptive.calibration._state_io import pack_state, unpack_state
+from adaptive.calibration._state_io import pack_state, read_settings, unpack_state
 from adaptive.calibration._unit_tables import (
     cut_points,
     set_aside,
@@ -29,7 +30,13 @@ from adaptive.calibration._unit_tables import (
     unit_shares,
     vector,
 )
-from adaptive.calibration._validation import Rng, check_count, check_number, check_probability
+from adaptive.calibration._validation import (
+    Rng,
+    as_floats,
+    check_count,
+    check_number,
+    check_probability,
+)
 
 _FRACTIONS = np.geomspace(0.02, 0.9, 6)
 
@@ -93,10 +100,15 @@ class ScoreDrift:
     warn: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("edges", "limits"):
+            if not isinstance(getattr(self, name), tuple):
+                raise InvalidTypeError(name, getattr(self, name), "a tuple of numbers")
+        cut_points(self.edges)
         if len(self.limits) != len(self.edges) + 3:
             raise InvalidArgumentError("limits", self.limits, f"{len(self.edges) + 3} numbers")
-        if not all(0.0 < limit <= 1.0 for limit in self.limits):
+        if not all(0.0 < check_number("limits", limit) <= 1.0 for limit in self.limits):
             raise InvalidArgumentError("limits", self.limits, "in (0, 1]")
+        check_probability("delta", self.delta)
         if check_number("average_run_length", self.average_run_length) <= 1.0:
             raise InvalidArgumentError("average_run_length", self.average_run_length, "above 1")
         check_probability("warn", self.warn)
@@ -137,7 +149,7 @@ class ScoreDrift:
         codes = unit_codes(unit_ids, s.size)
         if edges is None:
             aside = set_aside(codes, rng)
-            cuts = equal_mass_edges(s[aside], cells)
+            cuts = _cuts(s[aside], cells)
             s, codes = s[~aside], np.unique(codes[~aside], return_inverse=True)[1]
         else:
             cuts = cut_points(edges)
@@ -186,8 +198,9 @@ class ScoreDrift:
         active : array_like of bool [n_streams], optional
             Streams that have a unit.
         """
+        check_state(state, EDetectorState, len(self.limits) * _FRACTIONS.size)
         on = stream_flags("active", active, state.streams)
-        table = np.asarray(features, dtype=np.float64)
+        table = as_floats("features", features)
         shape = (state.streams, len(self.limits))
         if table.shape != shape:
             raise InvalidArgumentError("features", f"shape {table.shape}", f"of shape {shape}")
@@ -208,7 +221,7 @@ class ScoreDrift:
 
     def evidence(self, state: EDetectorState) -> Array:
         """Evidence for a drift [n_streams]; the alarm is on at `threshold`."""
-        return np.asarray(state.statistics @ self._weights())
+        return np.asarray(np.add.reduce(state.statistics * self._weights(), axis=1))
 
     def contributions(self, state: EDetectorState) -> Array:
         """Each feature's part in the evidence [n_streams, J + 2]; the largest is the diagnosis."""
@@ -242,16 +255,19 @@ class ScoreDrift:
     @classmethod
     def from_settings(cls, data: Mapping[str, Any]) -> ScoreDrift:
         """Detector from `settings`."""
-        values = dict(data)
-        for name in ("edges", "limits"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        return cls(**read_settings(cls, data, tuples=("edges", "limits")))
 
     def _weights(self) -> Array:
         """Weight of every statistic [(J + 2) * n_bets]."""
         n_cells = len(self.limits) - 2
         shares = np.append(np.full(n_cells, 0.5 / n_cells), [0.25, 0.25])
         return np.repeat(shares, _FRACTIONS.size) / _FRACTIONS.size
+
+
+def _cuts(scores: Array, cells: int) -> Array:
+    """Edges of equally full cells; of a constant score: below it, at it, above it."""
+    cuts = equal_mass_edges(scores, cells)
+    return cuts if cuts.size else np.array([scores[0], np.nextafter(scores[0], np.inf)])
 
 
 def _features(scores: Array, codes: Any, edges: Array) -> Array:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage, stats
 
-from adaptive.calibration._edetector import stream_flags, stream_values
+from adaptive.calibration._edetector import check_state, stream_flags, stream_values
 from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._state_io import pack_state, unpack_state
 from adaptive.calibration._streams import simulate_ou
-from adaptive.calibration._unit_tables import vector
+from adaptive.calibration._unit_tables import LARGEST_VALUE, bounded_vector
 from adaptive.calibration._validation import (
     Rng,
     as_generator,
@@ -77,6 +80,8 @@ class EarlyWarningSignals:
         """
         check_count("surrogates", surrogates)
         x = self.residuals
+        if np.ptp(x) == 0.0:
+            return dict.fromkeys(self.tau, 1.0)
         a = min(max(float(np.corrcoef(x[:-1], x[1:])[0, 1]), 1e-6), 1.0 - 1e-6)
         rate = -math.log(a)
         noise = float(x.std()) * math.sqrt(2.0 * rate)
@@ -129,7 +134,7 @@ def early_warning_signals(
     >>> signals.tau["variance"] > 0.5, signals.significance(rng=0)["variance"] < 0.1
     (True, True)
     """
-    x = vector("series", series)
+    x = bounded_vector("series", series)
     if x.size < 2 * _LEAST_WINDOW:
         raise InvalidArgumentError("series", f"{x.size} values", f"at least {2 * _LEAST_WINDOW}")
     size = check_number("window", window)
@@ -224,8 +229,10 @@ class MovingIndicators:
         self, state: MovingIndicatorState, values: ArrayLike, *, active: ArrayLike | None = None
     ) -> MovingIndicatorState:
         """State after one more value per stream (where `active`); finite values [n_streams]."""
+        check_state(state, MovingIndicatorState)
         on = stream_flags("active", active, state.units.size)
-        x = stream_values("values", values, state.units.size, on=on, low=-1e100, high=1e100)
+        limit = LARGEST_VALUE
+        x = stream_values("values", values, state.units.size, on=on, low=-limit, high=limit)
         x = np.where(on, x, state.mean)
         a = self.memory
         mean = np.where(state.units == 0, x, state.mean + a * (x - state.mean))
@@ -244,3 +251,11 @@ class MovingIndicators:
         """Lag-1 autocorrelation [n_streams]; 0 while the variance is."""
         safe = np.where(state.variance > 0.0, state.variance, 1.0)
         return np.asarray(np.where(state.variance > 0.0, state.covariance / safe, 0.0))
+
+    def to_dict(self, state: MovingIndicatorState) -> dict[str, Any]:
+        """JSON-ready data of a state, exact to the last bit."""
+        return pack_state(self, state)
+
+    def from_dict(self, data: Mapping[str, Any]) -> MovingIndicatorState:
+        """State from `to_dict`; refuses one written with another memory."""
+        return unpack_state(self, data, MovingIndicatorState)

@@ -23,16 +23,18 @@ doi:10.1080/00401706.1966.10490374.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count
+from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._validation import as_floats, check_count
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 _CEILING = 1e9  # times the threshold, where the alarm has long been on
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +73,44 @@ def fresh_state(streams: int, n_bets: int) -> EDetectorState:
 
 def advance(statistics: Array, factors: Array, *, weight: float | Array, threshold: float) -> Array:
     """Return ``factors * (statistics + weight)`` [n_streams, n_bets], finite after an alarm."""
-    return np.minimum(factors * (statistics + weight), _CEILING * threshold)
+    with np.errstate(over="ignore"):
+        return np.minimum(factors * (statistics + weight), min(_CEILING * threshold, _LARGEST))
 
 
 def restarted(state: EDetectorState, streams: ArrayLike) -> EDetectorState:
     """State in which the chosen streams (mask or indices) are as before their first unit."""
-    chosen = np.asarray(streams)
+    chosen = chosen_streams(streams, state.streams)
     fresh = EDetectorState(
         state.statistics.copy(), state.units.copy(), state.labelled.copy(), state.first_alarm.copy()
     )
     for array in (fresh.statistics, fresh.units, fresh.labelled, fresh.first_alarm):
         array[chosen] = 0
     return fresh
+
+
+def chosen_streams(streams: ArrayLike, n_streams: int) -> Flags:
+    """Return which streams a mask or indices choose [n_streams]."""
+    wanted = np.atleast_1d(np.asarray(streams))
+    chosen = np.zeros(n_streams, bool)
+    if wanted.dtype == bool and wanted.shape == (n_streams,):
+        return wanted
+    if wanted.size == 0:
+        return chosen
+    if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= n_streams:
+        allowed = f"a mask of shape ({n_streams},) or indices from 0 to {n_streams - 1}"
+        raise InvalidArgumentError("streams", streams, allowed)
+    chosen[wanted] = True
+    return chosen
+
+
+def check_state(state: Any, kind: type[Any], n_statistics: int | None = None) -> None:
+    """Raise unless `state` is of this kind, with so many statistics per stream."""
+    if not isinstance(state, kind):
+        raise InvalidTypeError("state", state, f"a {kind.__name__} from `init`")
+    if n_statistics is not None and state.statistics.shape[1:] != (n_statistics,):
+        found = f"{state.statistics.shape[1]} statistics per stream"
+        allowed = f"from this detector's `init`, with {n_statistics} statistics per stream"
+        raise InvalidArgumentError("state", found, allowed)
 
 
 def combine_evidence(evidence: ArrayLike, *, weights: ArrayLike | None = None) -> Array:
@@ -103,12 +131,14 @@ def combine_evidence(evidence: ArrayLike, *, weights: ArrayLike | None = None) -
     -------
     ndarray [...]
     """
-    values = np.asarray(evidence, dtype=np.float64)
-    if values.ndim == 0 or values.size == 0 or np.isnan(values).any():
-        raise InvalidArgumentError("evidence", evidence, "non-empty and without NaN")
-    shares = np.ones(values.shape[-1]) if weights is None else np.asarray(weights, np.float64)
-    if shares.shape != values.shape[-1:] or not (shares >= 0.0).all() or shares.sum() <= 0.0:
-        raise InvalidArgumentError("weights", weights, f"{values.shape[-1]} non-negative numbers")
+    values = as_floats("evidence", evidence)
+    if values.ndim == 0 or values.size == 0 or not (np.isfinite(values) & (values >= 0.0)).all():
+        raise InvalidArgumentError("evidence", evidence, "non-empty, finite and not negative")
+    shares = np.ones(values.shape[-1]) if weights is None else as_floats("weights", weights)
+    usable = (np.isfinite(shares) & (shares >= 0.0)).all() and shares.sum() > 0.0
+    if shares.shape != values.shape[-1:] or not usable:
+        allowed = f"{values.shape[-1]} finite numbers, not negative and not all 0"
+        raise InvalidArgumentError("weights", weights, allowed)
     return np.asarray(values @ (shares / shares.sum()))
 
 
@@ -116,7 +146,7 @@ def stream_values(
     name: str, values: ArrayLike, streams: int, *, on: Flags, low: float, high: float
 ) -> Array:
     """Return `values` [n_streams] checked against [low, high] where `on`."""
-    array = np.asarray(values, dtype=np.float64)
+    array = as_floats(name, values)
     if array.shape != (streams,):
         raise InvalidArgumentError(name, f"shape {array.shape}", f"of shape ({streams},)")
     with np.errstate(invalid="ignore"):

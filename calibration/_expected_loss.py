@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._inversion import invert_log_p
 from adaptive.calibration._probability import equal_mass_edges
+from adaptive.calibration._state_io import read_settings
 from adaptive.calibration._unit_tables import (
     cut_points,
     set_aside,
@@ -20,7 +21,13 @@ from adaptive.calibration._unit_tables import (
     unit_shares,
     vector,
 )
-from adaptive.calibration._validation import Rng, check_count, check_number, check_probability
+from adaptive.calibration._validation import (
+    Rng,
+    as_floats,
+    check_count,
+    check_number,
+    check_probability,
+)
 
 Array = NDArray[np.float64]
 _SHARES = np.geomspace(0.01, 0.99, 24)
@@ -67,9 +74,17 @@ class ExpectedLossCurve:
     lower: float = 0.0
     upper: float = 1.0
 
+    def __post_init__(self) -> None:
+        cut_points(self.edges)
+        if len(self.values) != len(self.edges) + 1:
+            raise InvalidArgumentError("values", self.values, f"{len(self.edges) + 1} numbers")
+        _range(vector("values", self.values), self.lower, self.upper, name="values")
+        check_probability("confidence", self.confidence)
+        check_count("n_units", self.n_units)
+
     def __call__(self, scores: ArrayLike) -> Array:
         """Upper limits of the expected loss, in the shape of `scores`; `upper` where NaN."""
-        s = np.asarray(scores, dtype=np.float64)
+        s = as_floats("scores", scores)
         bins = np.searchsorted(self.edges, s, side="right")
         return np.where(np.isnan(s), self.upper, np.asarray(self.values)[bins])
 
@@ -149,10 +164,7 @@ class ExpectedLossCurve:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ExpectedLossCurve:
         """Curve from `to_dict`."""
-        values = dict(data)
-        for name in ("edges", "values"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        return cls(**read_settings(cls, data, tuples=("edges", "values")))
 
 
 def _ratio_limits(shares: Array, means: Array, delta: float) -> Array:
@@ -175,7 +187,9 @@ def _ratio_limit(share: Array, mean: Array, delta: float) -> float:
     return float(invert_log_p(log_p, np.zeros(1), math.log(delta))[0])
 
 
-def _range(losses: Array, lower: float, upper: float) -> tuple[float, float]:
+def _range(
+    losses: Array, lower: float, upper: float, *, name: str = "losses"
+) -> tuple[float, float]:
     """Return (lower, upper), checked against each other and against the losses."""
     low, high = check_number("lower", lower), check_number("upper", upper)
     if not low < high:
@@ -184,5 +198,5 @@ def _range(losses: Array, lower: float, upper: float) -> tuple[float, float]:
     if wrong.any():
         place = int(np.argmax(wrong))
         found = f"{losses[place]} at position {place}"
-        raise InvalidArgumentError("losses", found, f"in [{low:g}, {high:g}]")
+        raise InvalidArgumentError(name, found, f"in [{low:g}, {high:g}]")
     return low, high

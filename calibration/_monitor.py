@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,19 @@ from adaptive.calibration._edetector import (
     EDetectorState,
     Flags,
     advance,
+    check_state,
     fresh_state,
     restarted,
     stream_flags,
     stream_values,
 )
-from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._state_io import pack_state, unpack_state
 from adaptive.calibration._validation import check_number, check_probability
 
 _SAFE = 0.9
 _GRID = 8
+_TINY = 1e-300  # no room to lose: any bet is safe
 
 
 class AbstractRiskMonitor(ABC):
@@ -64,8 +67,7 @@ class AbstractRiskMonitor(ABC):
         r"""Bets :math:`\lambda` per unit of loss [n_bets], before the cap for safety."""
         if self.bets is not None:
             return np.asarray(self.bets)
-        span, room = self.upper - self.lower, self.bound - self.lower
-        return np.geomspace(0.05 / span, 0.5 * _SAFE / room, _GRID)
+        return _grid(self.upper - self.lower, self.bound - self.lower)
 
     def init(self, streams: int = 1) -> EDetectorState:
         """State before the first unit of every stream."""
@@ -108,6 +110,7 @@ class AbstractRiskMonitor(ABC):
         A label that never arrives is a unit that was not audited. Both are valid as long as
         arrival does not depend on the loss.
         """
+        check_state(state, EDetectorState, self.bet_sizes.size)
         on = stream_flags("active", active, state.streams)
         seen = stream_flags("audited", audited, state.streams) & on
         x = stream_values("losses", losses, state.streams, on=seen, low=self.lower, high=self.upper)
@@ -128,7 +131,8 @@ class AbstractRiskMonitor(ABC):
 
     def evidence(self, state: EDetectorState) -> Array:
         """Evidence for a change so far [n_streams]; the alarm is on at `threshold`."""
-        return np.asarray(state.statistics.mean(axis=1) + self._reserve(state.units))
+        total = np.add.reduce(state.statistics, axis=1)
+        return np.asarray(total / state.statistics.shape[1] + self._reserve(state.units))
 
     def alarm(self, state: EDetectorState) -> Flags:
         """Whether the alarm has ever been on [n_streams]; it stays on until `restart`."""
@@ -161,9 +165,8 @@ class AbstractRiskMonitor(ABC):
         """Factors [n_streams, n_bets]; 1 where nothing was seen, or nothing can exceed."""
         use = seen & (levels < self.upper)
         gain = np.where(use, x - levels, 0.0)[:, None]
-        room = np.where(use, levels - self.lower, 0.0)[:, None]
-        with np.errstate(divide="ignore"):
-            return 1.0 + np.minimum(self.bet_sizes, _SAFE / room) * gain
+        room = np.maximum(np.where(use, levels - self.lower, 0.0), _TINY)[:, None]
+        return 1.0 + np.minimum(self.bet_sizes, _SAFE / room) * gain
 
 
 @dataclass(frozen=True)
@@ -291,13 +294,23 @@ class LifetimeRiskMonitor(AbstractRiskMonitor):
         return np.asarray(1.0 / (units + 1.0))
 
 
+@lru_cache(maxsize=256)
+def _grid(span: float, room: float) -> Array:
+    """Return the default bets; kept, because an update takes less time than making them."""
+    bets = np.geomspace(0.05 / span, 0.5 * _SAFE / room, _GRID)
+    bets.flags.writeable = False
+    return bets
+
+
 def _check_settings(monitor: RiskMonitor | LifetimeRiskMonitor) -> None:
     low, high = check_number("lower", monitor.lower), check_number("upper", monitor.upper)
     if not low < check_number("bound", monitor.bound) < high:
         raise InvalidArgumentError("bound", monitor.bound, f"in ({low:g}, {high:g})")
     check_probability("warn", monitor.warn)
+    if monitor.bets is None:
+        return
+    if not isinstance(monitor.bets, tuple):
+        raise InvalidTypeError("bets", monitor.bets, "a tuple of numbers")
     largest = 1.0 / (monitor.bound - low)
-    if monitor.bets is not None and not (
-        monitor.bets and all(0.0 < bet < largest for bet in monitor.bets)
-    ):
+    if not monitor.bets or not all(0.0 < check_number("bets", b) < largest for b in monitor.bets):
         raise InvalidArgumentError("bets", monitor.bets, f"in (0, {largest:g}), at least one")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from adaptive.calibration._edetector import Array, EDetectorState, Flags
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._monitor import LifetimeRiskMonitor
 from adaptive.calibration._state_io import pack_state, unpack_state
-from adaptive.calibration._validation import check_number, check_probability
+from adaptive.calibration._validation import as_floats, check_number, check_probability
 
 _SHARES = (0.25, 0.5, 0.75, 0.9)
 
@@ -76,11 +76,11 @@ class RecoveryTest:
         active: ArrayLike | None = None,
     ) -> EDetectorState:
         """State after one more unit per stream; parameters as `RiskMonitor.update`."""
-        x = np.asarray(losses, dtype=np.float64)
+        x = as_floats("losses", losses)
         try:
             return self._mirrored().update(state, -x, audited=audited, active=active)
         except InvalidArgumentError as error:
-            if error.argument != "losses" or x.shape != state.units.shape:
+            if error.argument != "losses" or error.value == f"shape {x.shape}":
                 raise
             allowed = f"finite and in [{self.lower:g}, {self.upper:g}]"
             raise InvalidArgumentError("losses", losses, allowed) from None
@@ -106,7 +106,11 @@ class RecoveryTest:
         return unpack_state(self, data, EDetectorState)
 
     def _mirrored(self) -> LifetimeRiskMonitor:
-        bets = tuple(share / (self.upper - self.bound) for share in _SHARES)
-        return LifetimeRiskMonitor(
-            -self.bound, alpha=self.beta, lower=-self.upper, upper=-self.lower, bets=bets
-        )
+        return _mirror(self.bound, self.beta, self.lower, self.upper)
+
+
+@lru_cache(maxsize=256)
+def _mirror(bound: float, beta: float, lower: float, upper: float) -> LifetimeRiskMonitor:
+    """Return the monitor of the negative loss; kept, because it is asked for at every update."""
+    bets = tuple(share / (upper - bound) for share in _SHARES)
+    return LifetimeRiskMonitor(-bound, alpha=beta, lower=-upper, upper=-lower, bets=bets)

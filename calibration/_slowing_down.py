@@ -11,11 +11,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from adaptive.calibration._edetector import Array, Flags, advance, stream_flags, stream_values
+from adaptive.calibration._edetector import (
+    Array,
+    Flags,
+    advance,
+    check_state,
+    chosen_streams,
+    stream_flags,
+    stream_values,
+)
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._state_io import pack_state, unpack_state
-from adaptive.calibration._unit_tables import vector
+from adaptive.calibration._unit_tables import LARGEST_VALUE, bounded_vector
 from adaptive.calibration._validation import (
+    as_floats,
     check_count,
     check_number,
     check_positive,
@@ -23,8 +32,7 @@ from adaptive.calibration._validation import (
 )
 
 _FRACTIONS = (0.7, 0.5, 0.35, 0.25, 0.175, 0.1)
-_LARGEST = 1e6
-_LARGEST_VALUE = 1e100
+_LARGEST = 1e6  # factor of a single pair: how far it can be believed
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +116,10 @@ class SlowingDown:
     warn: float = 0.1
 
     def __post_init__(self) -> None:
-        check_positive("rate", self.rate)
-        check_positive("noise", self.noise)
+        for name in ("rate", "noise"):
+            value = check_positive(name, getattr(self, name))
+            if not 1.0 / LARGEST_VALUE <= value <= LARGEST_VALUE:
+                raise InvalidArgumentError(name, value, "from 1e-100 to 1e+100")
         check_number("mean", self.mean)
         if check_number("average_run_length", self.average_run_length) <= 1.0:
             raise InvalidArgumentError("average_run_length", self.average_run_length, "above 1")
@@ -136,7 +146,7 @@ class SlowingDown:
         average_run_length, warn
             As in the class.
         """
-        x = vector("series", series)
+        x = bounded_vector("series", series)
         if x.size < 30:
             raise InvalidArgumentError("series", f"{x.size} values", "at least 30 values")
         tail = 1.0 - check_probability("confidence", confidence)
@@ -161,14 +171,9 @@ class SlowingDown:
 
     def log_ratios(self, previous: ArrayLike, values: ArrayLike, *, rate: float) -> Array:
         """Log likelihood ratio of one lower rate against `rate`, per pair of values."""
-        before = np.asarray(previous, np.float64) - self.mean
-        now = np.asarray(values, np.float64) - self.mean
-        (a0, v0), (a1, v1) = self._step(self.rate), self._step(rate)
-        return np.asarray(
-            0.5 * math.log(v0 / v1)
-            + (now - a0 * before) ** 2 / (2.0 * v0)
-            - (now - a1 * before) ** 2 / (2.0 * v1)
-        )
+        check_positive("rate", rate)
+        before, now = as_floats("previous", previous), as_floats("values", values)
+        return self._log_ratios(before, now, np.array([rate]))[..., 0]
 
     def init(self, streams: int = 1) -> SlowingDownState:
         """State before the first value of every stream."""
@@ -189,13 +194,14 @@ class SlowingDown:
             Finite.
         active : array_like of bool [n_streams], optional
         """
+        check_state(state, SlowingDownState, len(_FRACTIONS))
         on = stream_flags("active", active, state.units.size)
-        limit = _LARGEST_VALUE
+        limit = LARGEST_VALUE
         x = stream_values("values", values, state.units.size, on=on, low=-limit, high=limit)
         second = on & ~np.isnan(state.previous)
         before, now = (np.where(second, array, self.mean) for array in (state.previous, x))
-        logs = [self.log_ratios(before, now, rate=self.rate * f) for f in _FRACTIONS]
-        factors = np.exp(np.minimum(np.stack(logs, axis=1), math.log(_LARGEST)))
+        logs = self._log_ratios(before, now, self.rate * np.array(_FRACTIONS))
+        factors = np.exp(np.minimum(logs, math.log(_LARGEST)))
         moved = advance(state.statistics, factors, weight=1.0, threshold=self.threshold)
         after = SlowingDownState(
             np.where(second[:, None], moved, state.statistics),
@@ -209,7 +215,7 @@ class SlowingDown:
 
     def evidence(self, state: SlowingDownState) -> Array:
         """Evidence for slowing down [n_streams]; the alarm is on at `threshold`."""
-        return np.asarray(state.statistics.mean(axis=1))
+        return np.asarray(np.add.reduce(state.statistics, axis=1) / len(_FRACTIONS))
 
     def alarm(self, state: SlowingDownState) -> Flags:
         """Whether the evidence has ever reached the threshold [n_streams]."""
@@ -219,6 +225,16 @@ class SlowingDown:
         """Whether the evidence is at least `warn` times the threshold now [n_streams]."""
         return np.asarray(self.evidence(state) >= self.warn * self.threshold)
 
+    def restart(self, state: SlowingDownState, streams: ArrayLike) -> SlowingDownState:
+        """State in which the chosen streams (mask or indices) begin anew, with a new promise."""
+        chosen = chosen_streams(streams, state.units.size)
+        return SlowingDownState(
+            np.where(chosen[:, None], 0.0, state.statistics),
+            np.where(chosen, np.nan, state.previous),
+            np.where(chosen, 0, state.units),
+            np.where(chosen, 0, state.first_alarm),
+        )
+
     def to_dict(self, state: SlowingDownState) -> dict[str, Any]:
         """JSON-ready data of a state, exact to the last bit."""
         return pack_state(self, state)
@@ -227,7 +243,17 @@ class SlowingDown:
         """State from `to_dict`; refuses one written by another detector or other settings."""
         return unpack_state(self, data, SlowingDownState)
 
-    def _step(self, rate: float) -> tuple[float, float]:
-        """Autocorrelation and conditional variance of one step at a rate."""
-        a = math.exp(-rate)
-        return a, self.noise**2 / (2.0 * rate) * (1.0 - a * a)
+    def _log_ratios(self, previous: Array, values: Array, rates: Array) -> Array:
+        """Log likelihood ratios [..., n_rates], in units of the noise so that nothing overflows."""
+        before, now = (
+            np.clip((x - self.mean) / self.noise, -LARGEST_VALUE, LARGEST_VALUE)[..., None]
+            for x in (previous, values)
+        )
+        (a0, v0), (a1, v1) = _step(np.array(self.rate)), _step(rates)
+        gain = (now - a0 * before) ** 2 / v0 - (now - a1 * before) ** 2 / v1
+        return np.asarray(0.5 * (np.log(v0 / v1) + gain))
+
+
+def _step(rate: Array) -> tuple[Array, Array]:
+    """Autocorrelation and conditional variance, in units of noise squared, of one step."""
+    return np.exp(-rate), -np.expm1(-2.0 * rate) / (2.0 * rate)

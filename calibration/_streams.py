@@ -50,7 +50,7 @@ class BernoulliStream(AbstractStream):
 
     def draw(self, units: int, change: int, *, streams: int = 1, rng: Rng = None) -> Array:
         """See `AbstractStream.draw`."""
-        means = _steps(self, units, change)
+        means = _steps(self, units, change, streams)
         return (as_generator(rng).random((units, streams)) < means[:, None]).astype(np.float64)
 
 
@@ -68,7 +68,7 @@ class BetaStream(AbstractStream):
 
     def draw(self, units: int, change: int, *, streams: int = 1, rng: Rng = None) -> Array:
         """See `AbstractStream.draw`."""
-        means = _steps(self, units, change)[:, None]
+        means = _steps(self, units, change, streams)[:, None]
         c = self.concentration
         return as_generator(rng).beta(c * means, c * (1.0 - means), (units, streams))
 
@@ -87,7 +87,7 @@ class RampStream(AbstractStream):
 
     def draw(self, units: int, change: int, *, streams: int = 1, rng: Rng = None) -> Array:
         """See `AbstractStream.draw`."""
-        _check_sizes(units, change)
+        _check_sizes(units, change, streams)
         share = np.clip((np.arange(units) - change + 1) / self.length, 0.0, 1.0)
         means = self.before + (self.after - self.before) * share
         return (as_generator(rng).random((units, streams)) < means[:, None]).astype(np.float64)
@@ -128,6 +128,7 @@ class BurstyStream(AbstractStream):
         self, units: int, change: int, *, streams: int = 1, rng: Rng = None
     ) -> tuple[Array, Array]:
         """Losses and their expected values before the change, given difficulty."""
+        shift = _steps(self, units, change, streams) / self.before
         generator = as_generator(rng)
         leave, enter = 1.0 / self.length, 0.2 / self.length
         coins = generator.random((units, streams))
@@ -137,7 +138,7 @@ class BurstyStream(AbstractStream):
             hard[t] = state
             state = np.where(state, coins[t] >= leave, coins[t] < enter)
         levels = np.where(hard, 5.0 * self.before, 0.2 * self.before)
-        means = levels * (_steps(self, units, change) / self.before)[:, None]
+        means = levels * shift[:, None]
         return (generator.random((units, streams)) < means).astype(np.float64), levels
 
 
@@ -182,7 +183,9 @@ def simulate_fold(
     True
     """
     check_count("units", units)
+    check_count("streams", streams)
     check_positive("start", start)
+    check_number("end", end)
     generator = as_generator(rng)
     step = 1.0 / check_count("substeps", substeps)
     scale = check_positive("noise", noise) * np.sqrt(step)
@@ -221,6 +224,8 @@ def simulate_ou(
     from scipy.signal import lfilter
 
     check_count("units", units)
+    check_count("streams", streams)
+    check_number("mean", mean)
     factor = float(np.exp(-check_positive("rate", rate)))
     spread = check_positive("noise", noise) / np.sqrt(2.0 * rate)
     shocks = spread * as_generator(rng).normal(size=(units, streams))
@@ -233,11 +238,12 @@ def _check_means(stream: AbstractStream) -> None:
         check_probability(name, check_number(name, getattr(stream, name)))
 
 
-def _check_sizes(units: int, change: int) -> None:
-    check_count("units", units)
-    check_count("change", change, least=0)
+def _check_sizes(units: int, change: int, streams: int) -> None:
+    check_count("streams", streams)
+    if check_count("change", change, least=0) > check_count("units", units):
+        raise InvalidArgumentError("change", change, f"at most {units}, the units")
 
 
-def _steps(stream: AbstractStream, units: int, change: int) -> Array:
-    _check_sizes(units, change)
+def _steps(stream: AbstractStream, units: int, change: int, streams: int) -> Array:
+    _check_sizes(units, change, streams)
     return np.where(np.arange(units) < change, stream.before, stream.after)

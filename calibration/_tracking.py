@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptive.calibration._edetector import Array, stream_flags, stream_values
+from adaptive.calibration._edetector import Array, check_state, stream_flags, stream_values
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._state_io import pack_state, unpack_state
+from adaptive.calibration._unit_tables import LARGEST_VALUE
 from adaptive.calibration._validation import check_count, check_number, check_positive
 
 
@@ -114,11 +115,10 @@ class RiskTracker:
             At most `upper`; negative values welcome.
         active : array_like of bool [n_streams], optional
         """
+        check_state(state, TrackingState)
         streams = state.units.size
         on = stream_flags("active", active, streams)
-        x = stream_values(
-            "losses", losses, streams, on=on, low=-np.finfo(np.float64).max, high=self.upper
-        )
+        x = stream_values("losses", losses, streams, on=on, low=-LARGEST_VALUE, high=self.upper)
         x = np.where(on, x, 0.0)
         moved = np.minimum(state.position + self.step * (self.target - x), 1.0)
         return TrackingState(np.where(on, moved, state.position), state.units + on, state.total + x)

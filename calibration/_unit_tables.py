@@ -8,17 +8,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import Rng, as_generator, group_codes
+from adaptive.calibration._validation import Rng, as_floats, as_generator, group_codes
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.intp]
 _SHARE = 0.2
 _LEAST_UNITS = 10
+LARGEST_VALUE = 1e100  # squares and cubes of it are still finite
 
 
 def vector(name: str, values: ArrayLike) -> Array:
     """Return `values` as a non-empty vector of finite numbers."""
-    array = np.asarray(values, dtype=np.float64)
+    array = as_floats(name, values)
     if array.ndim != 1 or array.size == 0:
         raise InvalidArgumentError(name, f"shape {array.shape}", "a non-empty vector")
     wrong = ~np.isfinite(array)
@@ -28,9 +29,19 @@ def vector(name: str, values: ArrayLike) -> Array:
     return array
 
 
+def bounded_vector(name: str, values: ArrayLike) -> Array:
+    """Return `values` as a non-empty vector of numbers whose cubes are finite."""
+    array = vector(name, values)
+    wrong = np.abs(array) > LARGEST_VALUE
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        raise InvalidArgumentError(name, f"{array[place]} at position {place}", "up to 1e+100")
+    return array
+
+
 def cut_points(edges: ArrayLike) -> Array:
     """Return `edges` as finite, increasing cut points; there may be none."""
-    cuts = np.asarray(edges, dtype=np.float64)
+    cuts = as_floats("edges", edges)
     if cuts.ndim != 1 or not np.isfinite(cuts).all() or (np.diff(cuts) <= 0.0).any():
         raise InvalidArgumentError("edges", edges, "a vector, finite and increasing")
     return cuts

@@ -144,11 +144,16 @@ def group_codes(groups: ArrayLike, n_units: int) -> tuple[NDArray[np.intp], NDAr
     return rank[codes], names[order]
 
 
-def _numeric(name: str, value: ArrayLike) -> NDArray[np.float64]:
+def as_floats(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Return `value` as a float64 array of any shape, or say that it is none."""
     try:
-        array = np.asarray(value, dtype=np.float64)
+        return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InvalidTypeError(name, value, "an array of real numbers") from error
+
+
+def _numeric(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    array = as_floats(name, value)
     if array.size == 0:
         raise InvalidArgumentError(name, f"shape {array.shape}", "non-empty")
     return array

@@ -21,7 +21,7 @@ from adaptive._distributed import from_first
 from adaptive._encoders import is_classifier
 from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_units
 from adaptive._exits import Exits, get_exits
-from adaptive._families import layers_of
+from adaptive._families import family_of, layers_of
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
 from adaptive._path import Path, choose_path
@@ -191,6 +191,8 @@ def calibrate(
        algorithms to achieve risk control", Annals of Applied Statistics 19(2), 2025.
        doi:10.1214/24-AOAS1998
     """
+    if policy is not None and not isinstance(policy, Policy):
+        raise InvalidTypeError("policy", policy, "a Policy")
     if is_classifier(model) or is_staged(model):
         if mode is not None or tier is not None or reduction != "mean" or generation:
             foreign = f"mode={mode!r}, tier={tier!r}, reduction={reduction!r}, {sorted(generation)}"
@@ -218,6 +220,7 @@ def calibrate(
             rng=rng,
             progress=progress,
         )
+    family_of(model)
     if training is not None and not isinstance(training, ExitTraining):
         raise InvalidTypeError("training", training, "an ExitTraining")
     if mode == "verify" or (mode is None and policy is not None and policy.mode == "verify"):
@@ -363,7 +366,7 @@ def _split(
     if len(kept) < 2:
         raise InvalidArgumentError(
             "dataset",
-            f"{len(kept)}",
+            len(kept),
             "at least 2 distinct prompts that did not shape the exits",
         )
     fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)

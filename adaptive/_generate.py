@@ -144,6 +144,7 @@ def generate(
         raise InvalidTypeError("policy", policy, "a Policy")
     if random not in get_args(RandomMode):
         raise InvalidArgumentError("random", random, "'generate' or 'keyed'")
+    _check_ids(input_ids, model_kwargs.get("attention_mask"))
     if max_pending is not None and max_pending < 1:
         raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
     own = {
@@ -190,6 +191,24 @@ def generate(
         tokenizer=model_kwargs.pop("tokenizer", None),
         **model_kwargs,
     )
+
+
+def _check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
+    if input_ids is None:
+        return
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise InvalidArgumentError(
+            "input_ids",
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}",
+            "token ids: integers of shape [batch, prompt]",
+        )
+    # behind a filled cache, which is refused by its own name, a mask is longer than the ids
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] < input_ids.shape[1]):
+        raise InvalidArgumentError(
+            "attention_mask",
+            f"shape {tuple(mask.shape)}",
+            f"of the shape of `input_ids`, {tuple(input_ids.shape)}",
+        )
 
 
 def _with_stop_strings(

@@ -204,7 +204,7 @@ class _Reader:
         raise InvalidTypeError(
             "dataset",
             value,
-            f"strings, chats or token ids; item {position} is a {type(value).__name__}",
+            f"strings, chats or token ids; item {position} is of type {type(value).__name__}",
         )
 
     @property

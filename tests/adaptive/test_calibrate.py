@@ -542,6 +542,7 @@ def test_delta_is_spent_before_the_test(
         ({"groups": [1] * 140}, InvalidArgumentError, "`groups` must be at least two clusters"),
         ({"tier": "fast"}, InvalidArgumentError, "`tier` must be"),
         ({"num_beams": 2}, UnsupportedError, "beam search"),
+        ({"policy": 0.9}, InvalidTypeError, "`policy` must be a Policy"),
         ({"reduction": "sum"}, InvalidArgumentError, "`reduction` must be"),
         (
             {"policy": Policy(ProbeScore(), Threshold(), stages=(7,))},
@@ -556,6 +557,11 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         run(model, prompts, **settings)
+
+
+def test_what_is_no_model_is_refused(prompts: list[list[int]]) -> None:
+    with pytest.raises(UnsupportedError, match="exits need a Hugging Face causal language model"):
+        run(None, prompts)
 
 
 def test_losses_outside_their_bound_are_errors(model: Any, prompts: list[list[int]]) -> None:

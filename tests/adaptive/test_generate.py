@@ -531,6 +531,16 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "random": ({"random": "device"}, InvalidArgumentError, "`random` must be 'generate' or"),
     "max_pending": ({"max_pending": 0}, InvalidArgumentError, "`max_pending` must be"),
     "tier": ({"tier": "fast"}, InvalidArgumentError, "`tier` must be 'native', 'generic'"),
+    "input_ids": (
+        {"input_ids": torch.rand(3, 7)},
+        InvalidArgumentError,
+        "`input_ids` must be token",
+    ),
+    "attention_mask": (
+        {"attention_mask": torch.ones(3, 2)},
+        InvalidArgumentError,
+        "`attention_mask` must be of the shape",
+    ),
     "units": ({"units": torch.arange(2)}, InvalidArgumentError, "`units` must be one number per"),
     "stages": (
         {"policy": Policy(NoScore(), Threshold(), stages=(0, 3))},
@@ -550,7 +560,7 @@ def test_bad_arguments_are_named(name: str) -> None:
     settings, kind, message = ARGUMENTS[name]
     settings = {"policy": helpers.never("exact"), "random": "keyed"} | settings
     with pytest.raises(kind, match=message):
-        generate(helpers.shared("llama"), **_inputs(), max_new_tokens=4, **settings)
+        generate(helpers.shared("llama"), **_inputs() | settings, max_new_tokens=4)
 
 
 def test_models_without_exits_are_refused() -> None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from adaptive.calibration import (
     BernoulliStream,
@@ -235,6 +236,9 @@ def test_known_trends_of_a_stationary_series():
     for shock in rng.standard_normal(1000):
         value = factor * value + 0.05 * math.sqrt(1.0 - factor**2) * shock
         series.append(value)
-    tau = early_warning_signals(series).tau
+    signals = early_warning_signals(series)
+    tau = signals.tau
     assert tau["variance"] == pytest.approx(-0.17170459, abs=1e-8)
     assert tau["autocorrelation"] == pytest.approx(-0.79431537, abs=1e-8)
+    textbook = stats.kendalltau(range(signals.variance.size), signals.autocorrelation).pvalue
+    assert textbook < 1e-180, "of a series in which nothing happens"

@@ -60,12 +60,25 @@ def test_limits_that_hold_keep_the_run_length(rng):
     assert not keeps(drift_alarms(less, rng.integers(0, 8, (2000, 300)), 300) > 0, 0.1)
 
 
+def jump(capital, p):
+    """One step of the simple jumper: capitals [3, n] that bet -1, 0, 1, mixed at rate 0.01."""
+    mixed = 0.99 * capital + 0.01 * capital.mean(axis=0)
+    return mixed * (1.0 + np.array([[-1.0], [0.0], [1.0]]) * (p - 0.5))
+
+
+def test_the_peer_is_the_published_one():
+    capital, found = np.full((3, 1), 1.0 / 3.0), []
+    for p in (0.01, 0.5, 0.2, 0.03):
+        capital = jump(capital, p)
+        found.append(float(capital.sum()))
+    assert found == pytest.approx([1.0, 1.0, 1.0960498, 1.3380830])
+
+
 def test_on_long_quiet_streams_the_plain_conformal_martingale_alarms_and_ours_does_not(rng):
     """50,000 scores of the calibration's own law, 200 calibration scores."""
     steps, streams, n = 50_000, 150, 200
     capital = np.full((3, streams), 1.0 / 3.0)
     peak = np.zeros(streams)
-    bets = np.array([-1.0, 0.0, 1.0])[:, None]
     calibration = np.sort(rng.random((n, streams)), axis=0)
     ranks = np.empty((streams, 2001))
     for j in range(streams):  # the rank of a score, on a grid of 2000 scores
@@ -74,10 +87,8 @@ def test_on_long_quiet_streams_the_plain_conformal_martingale_alarms_and_ours_do
     for _ in range(steps):
         found = ranks[row, rng.integers(0, 2001, streams)]
         p = (n - found + rng.random(streams)) / (n + 1)
-        capital = 0.99 * capital + 0.01 * capital.mean(axis=0)
-        capital = np.minimum(capital * (1.0 + bets * (p - 0.5)), 1e100)
-        total = capital.sum(axis=0)
-        peak = np.maximum(peak, total)
+        capital = np.minimum(jump(capital, p), 1e100)
+        peak = np.maximum(peak, capital.sum(axis=0))
     assert not keeps(peak >= 100.0, 0.01)
     drift = ScoreDrift.fit(rng.random(n), delta=0.05, average_run_length=1e6, cells=8)
     mass = np.diff(np.concatenate([[0.0], drift.edges, [1.0]]))

@@ -24,8 +24,10 @@ from adaptive._exits import Exits, get_exits
 from adaptive._families import family_of, layers_of
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
+from adaptive._monitor_reference import Reference
 from adaptive._path import Path, choose_path
-from adaptive._runs import Run, full_depth, require_same_work, run_units
+from adaptive._run import Run
+from adaptive._runs import full_depth, require_same_work, run_units
 from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
 from adaptive._stages import is_staged
 from adaptive._tier import Tier
@@ -469,6 +471,7 @@ class _Bench:
         depths = {"0": float(layers)}
         counts: dict[str, list[int]] = {}
         visited: dict[int, NDArray[np.float64]] = {}
+        walked_runs: dict[int, tuple[Run, ...]] = {}
 
         def losses(column: int) -> NDArray[np.float64]:
             member = self.family.member(path.knobs[column])
@@ -476,6 +479,7 @@ class _Bench:
             depths[str(column)] = mean_run_depth(runs, self.exits.layers, layers)
             counts[str(column)] = exit_counts(runs, len(self.exits.layers))
             visited[column] = self.loss.of(runs, full, test.references)
+            walked_runs[column] = runs
             return visited[column]
 
         result = control_risk(
@@ -536,7 +540,17 @@ class _Bench:
             certificate = replace(
                 certificate, evidence=certificate.evidence | {"upper_bound": upper}
             )
-        certificate = replace(certificate, index=index, knob=knob)
+        reference = Reference.of(
+            walked_runs[index],
+            visited[index],
+            exits=self.exits.layers,
+            layers=layers,
+            bound=self.loss.bound,
+            members=len(path.knobs) - 1,
+            clusters=test.groups if clustered else None,
+        )
+        evidence = certificate.evidence | reference.to_evidence()
+        certificate = replace(certificate, index=index, knob=knob, evidence=evidence)
         return replace(self.family.member(knob), certificate=certificate)
 
     def upper_bound(

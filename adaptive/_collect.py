@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,10 @@ from adaptive._deployment import Deployment
 from adaptive._distributed import from_first, gathered, processes, share
 from adaptive._exits import Exits, require_exits
 from adaptive._families import Readout
+from adaptive._full_depth import choices_along, full_states
 from adaptive._inputs import Units, texts_batch
 from adaptive._progress import bar
-from adaptive._tier import Tier, executor_for
+from adaptive._tier import Tier
 from adaptive._timing import stage_seconds
 from adaptive.calibration import InvalidArgumentError, Trace
 from adaptive.policies import AbstractScore, ProbeScore
@@ -111,65 +111,6 @@ def collect(
         groups=None if units.groups is None else units.groups[kept],
         columns=joined,
     )
-
-
-@torch.no_grad()
-def full_states(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    exits: tuple[int, ...],
-    *,
-    tier: Tier | None = None,
-) -> tuple[list[Tensor], Readout]:
-    """Run texts at full depth and keep the hidden states at the exits and at the end.
-
-    Parameters
-    ----------
-    ids : Tensor, int64 [batch, prompt + n]
-    mask : Tensor, int64 [batch, prompt]
-        0 where the prompt is padding.
-    exits : tuple of int
-        Layer counts below the exits.
-
-    Returns
-    -------
-    states : list of Tensor [batch, n, width]
-        At every exit and after the last layer, at the slots behind the prompt.
-    readout : Readout
-    """
-    batch, length = ids.shape
-    prompt = mask.shape[1]
-    real = torch.ones_like(ids)
-    real[:, :prompt] = mask
-    padding = mask == 0
-    executor = executor_for(model, tier=tier)
-    executor.begin(
-        batch_size=batch,
-        max_length=length,
-        padding=padding if bool(padding.any()) else None,
-        positions=(real.cumsum(dim=-1) - 1).clamp(min=0),
-    )
-    try:
-        hidden = executor.embed(ids, 0)
-        states = []
-        for low, high in pairwise((0, *exits, executor.layers)):
-            hidden = executor.run(low, high, hidden, 0)
-            states.append(hidden[:, prompt:])
-    finally:
-        executor.end()
-    return states, executor.readout
-
-
-def choices_along(
-    states: Tensor, readout: Readout, ids: Tensor, prompt: int, chooser: Chooser
-) -> Tensor:
-    """Token chosen at each slot, int64 ``[batch, n]``, from final states ``[batch, n, width]``."""
-    parts = []
-    for start in range(0, states.shape[1], _CHUNK):
-        logits = readout(states[:, start : start + _CHUNK])
-        parts.append(chooser.each(ids, logits, prompt + start, prompt))
-    return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()

@@ -53,6 +53,10 @@ class Job:
     resumed : Tensor, int64 [batch], optional
         Goes on with texts that were begun: how many tokens at the end of each prompt are the
         run's own. Their keys and values must be the full model's (``exact`` mode).
+    interrupt : callable
+        Asked before every token: ``None``, or the policy to go on with from here.
+    seen : list of list of Tensor, optional
+        Per exit, receives the hidden state ``[batch, width]`` of every token that gets there.
     """
 
     policy: Policy
@@ -73,6 +77,8 @@ class Job:
     keys: Tensor
     seed: int
     resumed: Tensor | None = None
+    interrupt: Callable[[], Policy | None] = lambda: None
+    seen: list[list[Tensor]] | None = None
 
 
 class Record:
@@ -143,10 +149,14 @@ def decode(job: Job) -> Record:
         going = True
     state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
     while going:
+        other = job.interrupt()
+        if other is not None:
+            job = replace(job, policy=other)
+            state = other.init(job.prompt.shape[0], device=job.prompt.device)
         step, state = walk(job, record, state, record.active)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
-        if not job.labels and job.chooser.noise is not None:
+        if not job.labels and job.seen is None and job.chooser.noise is not None:
             job.chooser.noise.release(record.generated)
         going = record.add(job, tokens, Step(step.stages, step.exit_scores, step.logits, scores))
         if job.stack.pending >= job.max_pending:
@@ -217,6 +227,8 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
     previous: Tensor | None = None
     for segment in range(1, stack.segments):
         exit = segment - 1
+        if job.seen is not None:
+            job.seen[exit].append(hidden[:, 0])
         if exit in policy.stages:
             here = hidden[:, 0]
             needs = policy.needs_at(exit)

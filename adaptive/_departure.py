@@ -18,7 +18,8 @@ from adaptive._generate import generate
 from adaptive._inputs import Units, batches, read_units
 from adaptive._losses import LossName, SequenceLoss, unit_loss
 from adaptive._output import AdaptiveOutput
-from adaptive._runs import Run, full_depth, run_units
+from adaptive._run import Run
+from adaptive._runs import full_depth, run_units
 from adaptive._tier import Tier
 from adaptive.calibration import InvalidArgumentError, Trace, UnsupportedError, binomial_upper_bound
 from adaptive.policies import Policy, exit_stages

@@ -28,6 +28,9 @@ from adaptive._decode import Job, Record, decode
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
 from adaptive._families import family_of
+from adaptive._monitor import Monitor
+from adaptive._monitor_records import Watched
+from adaptive._monitor_units import Watch, begin_watch, finish_watch
 from adaptive._output import AdaptiveOutput
 from adaptive._settings import (
     certificate_mismatches,
@@ -69,6 +72,7 @@ def generate(
     generation_config: GenerationConfig | None = None,
     *,
     policy: Policy,
+    monitor: Monitor | None = None,
     streamer: BaseStreamer | None = None,
     certified: bool = True,
     random: RandomMode = "generate",
@@ -97,6 +101,9 @@ def generate(
         As in ``model.generate``. Processors must be functions of their arguments.
     policy : Policy
         When to stop, and what becomes of skipped layers (its ``mode``).
+    monitor : Monitor, optional
+        Watches the policy's promise: it may run a safer member or full depth instead, labels units
+        as planned, and is told what became of them. Every row is a unit.
     streamer : BaseStreamer, optional
         Receives final tokens only; in ``verify`` mode, confirmed ones.
     certified : bool
@@ -145,10 +152,13 @@ def generate(
     if random not in get_args(RandomMode):
         raise InvalidArgumentError("random", random, "'generate' or 'keyed'")
     _check_ids(input_ids, model_kwargs.get("attention_mask"))
+    if monitor is not None and resumed is not None:
+        raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
     if max_pending is not None and max_pending < 1:
         raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
     own = {
         "policy": policy,
+        "monitor": monitor,
         "certified": certified,
         "random": random,
         "units": units,
@@ -267,6 +277,10 @@ def _prepared(
             "Calibrate for these settings, or "
             "pass `certified=False` to go on without the certificate"
         )
+    monitor: Monitor | None = own["monitor"]
+    watch = None
+    if monitor is not None:
+        watch = begin_watch(monitor, policy, exits, rows=input_ids.shape[0])
     executor = executor_for(model, tier=own["tier"])
     executor.begin(
         batch_size=input_ids.shape[0],
@@ -286,12 +300,26 @@ def _prepared(
             exits,
             executor,
         )
+        if watch is not None:
+            job = _watched(job, watch)
         record = decode_verified(job) if policy.mode == "verify" else decode(job)
         if streamer is not None:
             streamer.end()
+        units: tuple[Watched, ...] | None = None
+        if watch is not None:
+            units = finish_watch(
+                watch,
+                model,
+                job,
+                record,
+                padding=padding,
+                covered=not mismatches,
+                tier=own["tier"],
+            )
         if not generation_config.return_dict_in_generate:
             return record.ids[:, : record.length]
-        return _output(job, record, mismatches)
+        output = _output(job, record, policy.certificate, mismatches)
+        return output if units is None else _marked(output, units)
     finally:
         executor.end()
 
@@ -401,6 +429,30 @@ def _job(
     )
 
 
+def _watched(job: Job, watch: Watch) -> Job:
+    """Run what a monitor has planned, and keep what it wants to see."""
+    return dataclasses.replace(
+        job,
+        policy=watch.policy,
+        labels=job.labels or watch.audits,
+        interrupt=watch.interrupt,
+        seen=None if watch.shadow is None else [[] for _ in job.exits.layers],
+    )
+
+
+def _marked(output: AdaptiveOutput, units: tuple[Watched, ...]) -> AdaptiveOutput:
+    """Say which rows were inside the certificate."""
+    output.monitored = units
+    output.inside = torch.tensor([unit.inside for unit in units])
+    outside = [unit.unit.number for unit in units if not unit.inside]
+    output.certified = bool(output.certified) and not outside
+    if outside and output.certificate is not None:
+        note = f"It does not apply to the units {outside}: they ran outside the policy."
+        notes = (*output.certificate.notes, note)
+        output.certificate = dataclasses.replace(output.certificate, holds=False, notes=notes)
+    return output
+
+
 def _drop(tokens: Tensor) -> None:
     """No streamer: tokens go nowhere."""
 
@@ -446,10 +498,11 @@ def _resumed(
     return counts
 
 
-def _output(job: Job, record: Record, mismatches: tuple[str, ...]) -> AdaptiveOutput:
+def _output(
+    job: Job, record: Record, certificate: Certificate | None, mismatches: tuple[str, ...]
+) -> AdaptiveOutput:
     generated = record.generated
     stages = record.stages[:, :generated]
-    certificate = job.policy.certificate
     return AdaptiveOutput(
         sequences=record.ids[:, : record.length],
         scores=tuple(record.scores) if job.keep_scores else None,

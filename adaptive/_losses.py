@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive._runs import Run
+from adaptive._run import Run
 from adaptive.calibration import InvalidArgumentError
 
 Tokens = Sequence[int]
@@ -131,6 +131,12 @@ class UnitLoss:
         )
 
 
+_SHARE = UnitLoss("share of tokens that differ from the full model's choice", False, 1.0)
+_DEPARTURE = UnitLoss("departure of the text from the full model's", True, 1.0)
+#: Losses that a run and the full model's choices along it determine.
+TOKEN_LOSSES = (_SHARE, _DEPARTURE)
+
+
 def unit_loss(
     loss: LossName | SequenceLoss, *, bound: float | None, reduction: Reduction = "mean"
 ) -> UnitLoss:
@@ -148,9 +154,9 @@ def unit_loss(
     if reduction == "any" and loss != "departure":
         raise InvalidArgumentError("reduction", reduction, "'mean' for a loss between whole texts")
     if loss == "disagreement":
-        return UnitLoss("share of tokens that differ from the full model's choice", False, 1.0)
+        return _SHARE
     if loss == "departure":
-        return UnitLoss("departure of the text from the full model's", True, 1.0)
+        return _DEPARTURE
     if isinstance(loss, str):
         if loss not in _SEQUENCE:
             raise InvalidArgumentError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from adaptive._monitor_records import Watched
 from adaptive.calibration import Certificate
 
 
@@ -29,11 +30,17 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
     mean_depth : float
         Mean number of layers per generated token, the prompt's own full pass not counted.
     certified : bool
-        Whether the run was inside what the policy's certificate promises.
+        Whether the run was inside what the policy's certificate promises; with a monitor, whether
+        all of its rows were.
     mismatches : tuple of str
         Why not, if it was not.
     certificate : Certificate
         The policy's certificate; outside its conditions, one that says it no longer holds.
+    inside : Tensor, bool [batch]
+        With a monitor: rows that the certificate applies to. Not those that ran in fallback, or
+        into which an alarm fell.
+    monitored : tuple of Watched
+        With a monitor: what became of each row's unit, events included.
     """
 
     exit_stages: torch.Tensor | None = None
@@ -43,3 +50,5 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
     certified: bool | None = None
     mismatches: tuple[str, ...] | None = None
     certificate: Certificate | None = None
+    inside: torch.Tensor | None = None
+    monitored: tuple[Watched, ...] | None = None

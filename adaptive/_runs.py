@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaptive._collect import choices_along, full_states
 from adaptive._deployment import Deployment
 from adaptive._distributed import gathered, processes, require_equal, share
 from adaptive._exits import Exits, get_exits
 from adaptive._fingerprint import model_fingerprint
+from adaptive._full_depth import agreement_along
 from adaptive._generate import generate
 from adaptive._inputs import Units, batches
 from adaptive._output import AdaptiveOutput
 from adaptive._progress import bar
+from adaptive._run import Run
 from adaptive._settings import exits_fingerprint
 from adaptive._tier import Tier
 from adaptive.policies import Policy, Saturation, Threshold
-
-
-@dataclass(frozen=True)
-class Run:
-    """One unit's generated text and what was decided along it.
-
-    Parameters
-    ----------
-    tokens : tuple of int
-        Generated tokens, end of text included, padding not.
-    stages : ndarray of int64 [n]
-        Exit of each token; the number of exits for full depth.
-    agreement : ndarray of int8 [n]
-        1 where the full model chooses the same token after the same own prefix, 0 where not.
-    """
-
-    tokens: tuple[int, ...]
-    stages: NDArray[np.int64]
-    agreement: NDArray[np.int8]
-
-    @property
-    def disagreement(self) -> float:
-        """Share of the tokens that differ from the full model's choice after the same prefix."""
-        return float(np.mean(self.agreement == 0))
 
 
 def full_depth(exits: Exits) -> Policy:
@@ -131,15 +106,16 @@ def run_units(
 def _rows(output: AdaptiveOutput, prompt: int) -> list[Run]:
     assert output.exit_stages is not None
     assert output.agreement is not None
+    assert output.exit_scores is not None
     rows = []
     stages, agreement = output.exit_stages.cpu().numpy(), output.agreement.cpu().numpy()
+    scores = output.exit_scores.cpu().numpy()
     for row, text in enumerate(output.sequences[:, prompt:].tolist()):
         n = int((stages[row] >= 0).sum())
-        rows.append(Run(tuple(text[:n]), stages[row, :n], agreement[row, :n]))
+        rows.append(Run(tuple(text[:n]), stages[row, :n], agreement[row, :n], scores[row, :n]))
     return rows
 
 
-@torch.no_grad()
 def _agreement(
     model: PreTrainedModel,
     output: AdaptiveOutput,
@@ -149,17 +125,9 @@ def _agreement(
     deployment: Deployment,
     tier: Tier | None,
 ) -> Tensor:
-    """Compare a run with the full model's choices after the run's own prefixes, in one pass."""
+    """Compare a run with the full model's choices after the run's own prefixes."""
     assert output.exit_stages is not None
-    prompt, length = ids.shape[1], output.sequences.shape[1]
-    agreement = torch.where(output.exit_stages >= 0, 1, -1).to(torch.int8)
-    if length - prompt < 2:
-        return agreement
-    prepared = deployment.prepared(model, ids, mask)
-    text = output.sequences[:, : length - 1]
-    states, readout = full_states(model, text, mask, (), tier=tier)
-    chooser = prepared.chooser(names, deployment.seed)
-    chosen = choices_along(states[-1], readout, text, prompt, chooser)
-    same = (chosen == output.sequences[:, prompt + 1 :]).to(torch.int8)
-    agreement[:, 1:] = torch.where(output.exit_stages[:, 1:] >= 0, same, -1)
-    return agreement
+    chooser = deployment.prepared(model, ids, mask).chooser(names, deployment.seed)
+    return agreement_along(
+        model, output.sequences, mask, stages=output.exit_stages, chooser=chooser, tier=tier
+    )

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaptive._collect import full_states
 from adaptive._deployment import Deployment
 from adaptive._distributed import from_first, processes
 from adaptive._exits import Exits, ExitsRecord, attach_exits
 from adaptive._families import Readout
 from adaptive._fingerprint import tokens_hash
+from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._progress import bar
 from adaptive._runs import full_depth, run_units

@@ -13,6 +13,7 @@ EXTRAS = {
     "datasets": "data",
     "lm_eval": "lm-eval",
     "matplotlib": "plots",
+    "prometheus_client": "prometheus",
     "pyarrow": "arrow",
     "ray": "ray",
     "river": "river",

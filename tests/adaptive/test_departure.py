@@ -25,7 +25,8 @@ from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._inputs import Units, read_units
 from adaptive._losses import edit_loss, rouge_l_loss
-from adaptive._runs import Run, full_depth, run_units
+from adaptive._run import Run
+from adaptive._runs import full_depth, run_units
 from adaptive.policies import (
     AbstractRule,
     DynamicVocabulary,
@@ -345,7 +346,8 @@ def test_first_differences_are_found() -> None:
     departures = Departures(np.array([[1], [-1], [2], [2]]), np.zeros((4, 1), dtype=np.int64))
     full = [(1, 2, 3), (1, 2), (1, 2, 3), (1, 2)]
     early = [(1, 9, 3), (1, 2), (1, 2), (1, 2, 3)]
-    runs = [Run(text, np.zeros(len(text)), np.ones(len(text))) for text in early]  # type: ignore[arg-type]
+    nothing = [np.zeros(len(text)) for text in early]
+    runs = [Run(text, none, none, none) for text, none in zip(early, nothing, strict=True)]  # type: ignore[arg-type]
     both = compare_with_real(departures, 0, full, runs)
     assert both.tolist() == [[1, 1], [-1, -1], [2, 2], [2, 2]]
 

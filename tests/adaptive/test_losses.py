@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adaptive import InvalidArgumentError
 from adaptive._losses import edit_loss, rouge_l_loss, token_f1_loss, unit_loss
-from adaptive._runs import Run
+from adaptive._run import Run
 
 texts = st.lists(st.integers(0, 4), max_size=7).map(tuple)
 ALL = {"rouge_l": rouge_l_loss, "token_f1": token_f1_loss, "edit": edit_loss}
@@ -99,7 +99,12 @@ def test_empty_texts(name: str) -> None:
 def _runs() -> list[Run]:
     agreement = ([1, 1, 1, 1], [1, 0, 1, 0], [1])
     return [
-        Run(tuple(range(len(a))), np.zeros(len(a), dtype=np.int64), np.array(a, dtype=np.int8))
+        Run(
+            tuple(range(len(a))),
+            np.zeros(len(a), dtype=np.int64),
+            np.array(a, dtype=np.int8),
+            np.zeros(len(a), dtype=np.float32),
+        )
         for a in agreement
     ]
 

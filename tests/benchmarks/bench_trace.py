@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptive import attach_exits
 from adaptive._choose import Chooser
-from adaptive._collect import _read, full_states
+from adaptive._collect import _read
 from adaptive._exits import ExitsRecord
+from adaptive._full_depth import full_states
 from adaptive.policies import ProbeScore
 
 _CHUNK = 128

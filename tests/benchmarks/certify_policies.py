@@ -31,15 +31,17 @@ from policy_rows import ROWS, Row, Workshop, slug
 import adaptive._calibrate as calibration_door
 from adaptive import ExitTraining, attach_exits, calibrate, train_exits
 from adaptive._calibrate import mean_run_depth
-from adaptive._collect import collect, full_states
+from adaptive._collect import collect
 from adaptive._demo import load_shipped
 from adaptive._deployment import Deployment
 from adaptive._exits import Exits
 from adaptive._fingerprint import model_fingerprint
+from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._losses import unit_loss
 from adaptive._path import choose_path
-from adaptive._runs import Run, full_depth, run_units
+from adaptive._run import Run
+from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions, training_functions
 from adaptive._tier import executor_for
 from adaptive.calibration import control_risk, mixture_log_p, mixture_upper_bound

@@ -23,7 +23,8 @@ from adaptive._deployment import Deployment
 from adaptive._exits import Exits, require_exits
 from adaptive._families import Readout
 from adaptive._inputs import Units, read_units
-from adaptive._runs import Run, full_depth, run_units
+from adaptive._run import Run
+from adaptive._runs import full_depth, run_units
 from adaptive.calibration import fit_isotonic
 from adaptive.policies import AbstractScore, Policy, exit_stages
 

@@ -1,0 +1,450 @@
+"""The rules of a monitor: what was fixed beforehand, and the state machine as pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from adaptive._monitor_channels import Signs
+from adaptive._monitor_records import Event, EventKind, JournalError, Status, Unit, Watched
+from adaptive.calibration import (
+    AbstractAudits,
+    AbstractRiskMonitor,
+    EDetectorState,
+    ExpectedLossCurve,
+    InvalidArgumentError,
+    RecoveryTest,
+    ScoreAudits,
+    audit_coins,
+    combine_evidence,
+    corrected_losses,
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Everything a monitor was told before the first unit.
+
+    Parameters
+    ----------
+    member : int
+        Certified member of the path.
+    detector : AbstractRiskMonitor
+        Evidence that the loss exceeds its bound, with its promise about false alarms.
+    recovery : RecoveryTest
+        Evidence that it is below the bound again, with its promise about wrong resumes.
+    audits : AbstractAudits
+        Chance that a unit gets a label.
+    curve : ExpectedLossCurve, optional
+        Upper limit of a unit's expected loss given its score.
+    curve_weight : float
+        Share of the alarm's evidence that comes from bets on the excess over the curve, in [0, 1].
+    tighten : int
+        Steps back towards safer members while a warning is on.
+    probation : int
+        Labelled units that probation lasts.
+    seed : int
+        Of the audit coins.
+    signs : Signs
+        Signs without labels, for warnings.
+    awaited : int
+        Most labels that are waited for; older ones are given up.
+    """
+
+    member: int
+    detector: AbstractRiskMonitor
+    recovery: RecoveryTest
+    audits: AbstractAudits
+    curve: ExpectedLossCurve | None = None
+    curve_weight: float = 0.0
+    tighten: int = 0
+    probation: int = 50
+    seed: int = 0
+    signs: Signs = field(default_factory=Signs)
+    awaited: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.curve_weight <= 1.0:
+            raise InvalidArgumentError("curve_weight", self.curve_weight, "in [0, 1]")
+        if self.curve is None and (self.curve_weight > 0 or isinstance(self.audits, ScoreAudits)):
+            raise InvalidArgumentError(
+                "policy",
+                "a certificate without a curve of expected losses",
+                "calibrated by this version on at least 10 test units, for bets against the curve "
+                "or audits by score",
+            )
+        for name in ("tighten", "probation", "seed", "awaited"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise InvalidArgumentError(name, value, "an integer >= 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that tell these rules from others."""
+        kinds = {
+            name: {"type": type(getattr(self, name)).__name__}
+            for name in ("detector", "recovery", "audits")
+        }
+        return {
+            name: kinds.get(name, {}) | value if name in kinds else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the units that begin now will run under, fixed by the past alone.
+
+    Parameters
+    ----------
+    status : str
+    epoch : int
+    member : int
+        Member of the path; 0 is full computation.
+    warned : bool
+        Whether audits are as frequent as a warning asks.
+    """
+
+    status: Status
+    epoch: int
+    member: int
+    warned: bool
+
+
+@dataclass(frozen=True)
+class MonitorState:
+    """Where a monitor stands.
+
+    Parameters
+    ----------
+    status : {"ok", "warn", "fallback", "probation"}
+    epoch : int
+        Number of withdrawals and resumptions.
+    next_unit : int
+        Number of the next unit to begin.
+    finished, labelled, outside : int
+        Units so far: all, those with an observed loss of the policy's own, those outside.
+    loss_sum : float
+        Sum of those losses.
+    remaining : int
+        Labelled units that probation still lasts.
+    awaiting : tuple of Unit
+        Audited units whose labels have not come.
+    promise : EDetectorState
+        Evidence against the promise.
+    curve : EDetectorState
+        Evidence against the curve of expected losses.
+    recovery : EDetectorState
+        Evidence for recovery.
+    signs : dict
+        States of the signs without labels.
+    """
+
+    promise: EDetectorState
+    curve: EDetectorState
+    recovery: EDetectorState
+    signs: dict[str, Any]
+    status: Status = "ok"
+    epoch: int = 0
+    next_unit: int = 0
+    finished: int = 0
+    labelled: int = 0
+    outside: int = 0
+    loss_sum: float = 0.0
+    remaining: int = 0
+    awaiting: tuple[Unit, ...] = ()
+
+    def to_dict(self, rules: Rules) -> dict[str, Any]:
+        """JSON form, exact to the last bit."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return counts | {
+            "promise": rules.detector.to_dict(self.promise),
+            "curve": rules.detector.to_dict(self.curve),
+            "recovery": rules.recovery.to_dict(self.recovery),
+            "signs": rules.signs.to_dict(self.signs),
+            "awaiting": [unit.to_dict() for unit in self.awaiting],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], rules: Rules) -> MonitorState:
+        """Rebuild from :meth:`to_dict`, for a monitor with the same rules.
+
+        Raises
+        ------
+        JournalError
+            If fields are missing or detectors have other settings.
+        """
+        try:
+            return cls(
+                promise=rules.detector.from_dict(data["promise"]),
+                curve=rules.detector.from_dict(data["curve"]),
+                recovery=rules.recovery.from_dict(data["recovery"]),
+                signs=rules.signs.from_dict(data["signs"]),
+                awaiting=tuple(Unit.from_dict(unit) for unit in data["awaiting"]),
+                **{name: data[name] for name in _COUNTS},
+            )
+        except (KeyError, TypeError, InvalidArgumentError) as error:
+            raise JournalError(f"not a state of this monitor: {error}") from error
+
+
+_COUNTS = (
+    "status",
+    "epoch",
+    "next_unit",
+    "finished",
+    "labelled",
+    "outside",
+    "loss_sum",
+    "remaining",
+)
+
+
+_MOVED = {
+    "score": "exit scores have moved away from the calibration's (labels say nothing yet)",
+    "depth": "exit depths have moved away from the calibration's (labels say nothing yet)",
+    "slowing": "exit scores return to their mean more slowly (labels say nothing yet)",
+}
+
+
+def first_state(rules: Rules) -> MonitorState:
+    """State before the first unit."""
+    return MonitorState(
+        promise=rules.detector.init(),
+        curve=rules.detector.init(),
+        recovery=rules.recovery.init(),
+        signs=rules.signs.init(),
+    )
+
+
+def plan(rules: Rules, state: MonitorState) -> Plan:
+    """Say what the next units run under."""
+    member, warned = rules.member, state.status in ("warn", "probation")
+    if state.status == "fallback":
+        member = 0
+    elif state.status == "warn":
+        member = max(min(1, member), member - rules.tighten)
+    return Plan(state.status, state.epoch, member, warned)
+
+
+def audit(rules: Rules, planned: Plan, *, number: int, score: float | None) -> tuple[float, bool]:
+    """Chance of an audit of a unit, and whether its coin says so; its loss is not looked at.
+
+    In fallback comparing costs nothing, so every unit is.
+    """
+    if planned.status == "fallback":
+        return 1.0, True
+    expected = None if rules.curve is None else rules.curve([_number(score)])
+    chance = rules.audits.probabilities(1, expected=expected, warned=[planned.warned])
+    return float(chance[0]), bool(audit_coins(chance, seed=rules.seed, unit=number)[0])
+
+
+def evidence(rules: Rules, state: MonitorState) -> float:
+    """Evidence of the test in force: against the promise, or in fallback for the recovery."""
+    if state.status == "fallback":
+        return float(rules.recovery.evidence(state.recovery)[0])
+    pair = [
+        float(rules.detector.evidence(state.promise)[0]),
+        float(rules.detector.evidence(state.curve)[0]),
+    ]
+    return float(combine_evidence(pair, weights=[1.0 - rules.curve_weight, rules.curve_weight]))
+
+
+def observe(
+    rules: Rules, state: MonitorState, unit: Unit, *, time: float
+) -> tuple[MonitorState, Watched]:
+    """State after a finished unit, and what became of the unit.
+
+    The same state and unit always give the same result: this is what makes a journal replay. A unit
+    that is to be labelled but has no loss yet is no evidence until :func:`label`.
+    """
+    state = replace(
+        state, next_unit=max(state.next_unit, unit.number + 1), finished=state.finished + 1
+    )
+    state, events = _put(rules, _seen(rules, state, unit), unit, time)
+    # an alarm that the unit itself caused has changed the epoch too
+    inside = _inside(unit) and unit.epoch == state.epoch
+    state = replace(state, outside=state.outside + (not inside))
+    return state, Watched(unit, inside, state.status, evidence(rules, state), events)
+
+
+def label(
+    rules: Rules, state: MonitorState, *, number: int, loss: float, time: float
+) -> tuple[MonitorState, Watched]:
+    """State after the label of a unit that had finished before, and what the label caused.
+
+    The unit counts as evidence when its label arrives. That is valid as long as when it arrives,
+    and whether, does not depend on the loss. A label from before the last withdrawal or resumption
+    is accepted and is no evidence.
+    """
+    waiting = {unit.number: unit for unit in state.awaiting}
+    if number not in waiting:
+        raise InvalidArgumentError(
+            "number",
+            number,
+            f"that of an audited unit without a label, among the newest {rules.awaited} of them",
+        )
+    unit = replace(waiting.pop(number), loss=float(loss))
+    state = replace(state, awaiting=tuple(waiting.values()))
+    state, events = _put(rules, state, unit, time)
+    value = evidence(rules, state)
+    return state, Watched(unit, _inside(unit), state.status, value, events, late=True)
+
+
+def trip(
+    rules: Rules, state: MonitorState, *, reason: str, time: float
+) -> tuple[MonitorState, tuple[Event, ...]]:
+    """State after the policy was withdrawn by hand."""
+    if state.status == "fallback":
+        return state, ()
+    event = _event(rules, state, "trip", "fallback", None, reason, time)
+    return _withdrawn(rules, state), (event,)
+
+
+def _inside(unit: Unit) -> bool:
+    return unit.covered and unit.status != "fallback" and not unit.withdrawn
+
+
+def _seen(rules: Rules, state: MonitorState, unit: Unit) -> MonitorState:
+    """Put what needs no label to the signs, and wait for the label if there is to be one."""
+    if unit.audited and unit.loss is None:
+        waiting = (*state.awaiting, unit)
+        state = replace(state, awaiting=waiting[max(0, len(waiting) - rules.awaited) :])
+    # another member's scores and depths follow another law
+    in_force = state.status != "fallback" and unit.epoch == state.epoch
+    if in_force and unit.member == rules.member:
+        signs = rules.signs.update(state.signs, score=unit.score, depth=unit.depth)
+        state = replace(state, signs=signs)
+    return state
+
+
+def _put(
+    rules: Rules, state: MonitorState, unit: Unit, time: float
+) -> tuple[MonitorState, tuple[Event, ...]]:
+    """Put a unit to the tests in force."""
+    if unit.epoch != state.epoch:  # begun before the last withdrawal or resumption: no evidence
+        return state, ()
+    if state.status == "fallback":
+        return _fallen(rules, state, unit, time)
+    return _guarded(rules, state, unit, time)
+
+
+def _guarded(
+    rules: Rules, state: MonitorState, unit: Unit, time: float
+) -> tuple[MonitorState, tuple[Event, ...]]:
+    """While the policy is in force."""
+    if not (unit.audited and unit.loss is None):
+        state = _bet(rules, state, unit)
+    if evidence(rules, state) >= rules.detector.threshold:
+        event = _event(rules, state, "alarm", "fallback", unit, _cause(rules, state), time)
+        return _withdrawn(rules, state), (event,)
+    if state.status == "probation":
+        state = replace(state, remaining=state.remaining - (unit.loss is not None))
+        if state.remaining > 0:
+            return state, ()
+        event = _event(rules, state, "clear", "ok", unit, "probation passed", time)
+        return replace(state, status="ok"), (event,)
+    level = rules.detector.warn * rules.detector.threshold
+    value, signs = evidence(rules, state), rules.signs.warnings(state.signs)
+    if state.status == "ok" and (value >= level or signs):
+        reason = _cause(rules, state) if value >= level else _MOVED[signs[0]]
+        event = _event(rules, state, "warn", "warn", unit, reason, time)
+        return replace(state, status="warn"), (event,)
+    if state.status == "warn" and value < level / 2 and not signs:
+        event = _event(rules, state, "calm", "ok", unit, "nothing is left of the warning", time)
+        return replace(state, status="ok"), (event,)
+    return state, ()
+
+
+def _bet(rules: Rules, state: MonitorState, unit: Unit) -> MonitorState:
+    """Put a unit to both bets; without a label it is a factor of 1."""
+    seen = unit.loss is not None
+    value = np.array([_number(unit.loss)])
+    expected = None if rules.curve is None else rules.curve([_number(unit.score)])
+    curve = state.curve
+    if expected is not None:
+        curve = rules.detector.update(curve, value, expected=expected, audited=[seen])
+    if isinstance(rules.audits, ScoreAudits):
+        assert expected is not None
+        value = corrected_losses(
+            value, expected=expected, audited=[seen], probabilities=[unit.probability]
+        )
+    labelled = [seen or isinstance(rules.audits, ScoreAudits)]
+    promise = rules.detector.update(state.promise, value, audited=labelled)
+    return replace(
+        state,
+        promise=promise,
+        curve=curve,
+        labelled=state.labelled + seen,
+        loss_sum=state.loss_sum + (unit.loss or 0.0),
+    )
+
+
+def _fallen(
+    rules: Rules, state: MonitorState, unit: Unit, time: float
+) -> tuple[MonitorState, tuple[Event, ...]]:
+    """While full computation is in force and early answers are compared."""
+    if unit.loss is None:
+        return state, ()
+    state = replace(state, recovery=rules.recovery.update(state.recovery, [unit.loss]))
+    if not bool(rules.recovery.resume(state.recovery)[0]):
+        return state, ()
+    reason = f"early answers are within {rules.recovery.bound:g} again"
+    event = _event(rules, state, "resume", "probation", unit, reason, time)
+    return (
+        replace(
+            state,
+            status="probation",
+            epoch=state.epoch + 1,
+            remaining=rules.probation,
+            promise=rules.detector.init(),
+            curve=rules.detector.init(),
+            signs=rules.signs.init(),
+        ),
+        (event,),
+    )
+
+
+def _withdrawn(rules: Rules, state: MonitorState) -> MonitorState:
+    return replace(state, status="fallback", epoch=state.epoch + 1, recovery=rules.recovery.init())
+
+
+def _cause(rules: Rules, state: MonitorState) -> str:
+    """Say what moved, as far as the two bets can tell."""
+    if rules.curve is None:
+        return "losses exceed the promise"
+    level = rules.detector.warn * rules.detector.threshold
+    if float(rules.detector.evidence(state.curve)[0]) >= level:
+        return "losses exceed what their scores let expect: scores no longer mean what they meant"
+    return "losses exceed the promise, but not what their scores let expect: harder traffic"
+
+
+def _event(
+    rules: Rules,
+    state: MonitorState,
+    kind: EventKind,
+    after: Status,
+    unit: Unit | None,
+    reason: str,
+    time: float,
+) -> Event:
+    threshold = rules.detector.threshold
+    if kind == "resume":
+        threshold = rules.recovery.threshold
+    elif kind in ("warn", "calm"):
+        threshold *= rules.detector.warn
+    return Event(
+        kind=kind,
+        before=state.status,
+        after=after,
+        finished=state.finished,
+        unit=None if unit is None else unit.number,
+        evidence=evidence(rules, state),
+        threshold=threshold,
+        reason=reason,
+        time=time,
+    )
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -39,7 +39,7 @@ from adaptive.calibration._binomial import (
     log_betainc,
     ratio_log_p,
 )
-from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._certificate import Certificate, Verification
 from adaptive.calibration._confidence_sequence import (
     BettingSequence,
     EmpiricalBernsteinSequence,
@@ -299,6 +299,7 @@ __all__ = [
     "UnsupportedError",
     "UpperBoundWalk",
     "Verdict",
+    "Verification",
     "agrapa_log_p",
     "agrapa_upper_bound",
     "audit_coins",

@@ -20,6 +20,27 @@ SCHEMA_VERSION = 1
 _PACKAGES = ("adaptive-control", "numpy", "scipy")
 
 
+@dataclass(frozen=True)
+class Verification:
+    """Whether evidence was reproduced; true exactly if nothing differs.
+
+    Parameters
+    ----------
+    differences : tuple of str
+        One sentence per thing that differs, what was recorded and what was found.
+    """
+
+    differences: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.differences
+
+    def __str__(self) -> str:
+        if self:
+            return "The evidence is reproduced, and the decision follows from it."
+        return "Not reproduced:\n" + "\n".join(f"- {line}" for line in self.differences)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
     """A statistical promise about one configuration, with all that is needed to check it.
@@ -30,7 +51,8 @@ class Certificate:
         Whether a configuration beyond full computation is certified.
     risk, delta : float
         P(true risk <= risk) >= 1 - delta, over the draw of the calibration units. `risk` is a
-        mapping from names to levels where several risks are promised at once.
+        mapping from names to levels where several risks are promised at once. `delta` is 1 where
+        the promise is an expectation over draws (conformal risk control) and has no confidence.
     loss, unit : str
         What is averaged, over what.
     method, procedure : str
@@ -45,6 +67,7 @@ class Certificate:
         Measured cost of `index`, where costs were given.
     evidence : dict
         Visited columns, their log p-values, levels and mean losses, as `verify` recomputes them.
+        Procedures other than `control_risk` have a `"kind"`, a `"promise"` and a `"claim"` here.
     bound : float
         Declared upper bound of the loss (a mapping for several risks).
     assumptions, notes : tuple of str
@@ -81,57 +104,91 @@ class Certificate:
 
     def statement(self) -> str:
         """Return the promise as one paragraph of plain words, its limits included."""
-        reasons = " ".join(self.notes)
         if not self.holds:
-            tested = self.evidence.get("full_computation_tested", False)
-            subject = "Nothing" if tested else "Nothing beyond full computation"
-            without = (
-                "it has no certificate either" if tested else "its loss is zero by construction"
-            )
-            return (
-                f"{subject} is certified at {self._promise()} "
-                f"(delta = {self.delta:g}, {self.n} {self.unit}s, {self.method} test, "
-                f"{self.procedure}). Full computation is used: {without}. {reasons}"
-            ).strip()
-        knob = "" if self.knob is None else f" (knob {self.knob:.6g})"
+            return self._nothing()
         assumed = "; ".join(self.assumptions)
-        return (
-            f"With probability at least {1 - self.delta:.6g} over the draw of the {self.n} "
-            f"calibration {self.unit}s, configuration {self.index}{knob} has {self._promise()} on "
-            f"{self.unit}s drawn like them. The {self.delta:g} is the chance that such a draw "
-            f"misleads the calibration; it is not a rate per {self.unit}, and the promise is about "
-            f"the mean over {self.unit}s, not about each one, nor about other traffic. "
-            f"Evidence: {self.method} test, {self.procedure}. Assumed: {assumed}. {reasons}"
-        ).strip()
+        drawn = f"the {self.n} calibration {self.unit}s"
+        if self.evidence.get("kind") == "conformal":
+            promise = (
+                f"{self._claim()}, where the mean is over {drawn} and the next {self.unit} "
+                f"together. It is an average over draws of the calibration {self.unit}s: a single "
+                f"draw, this one included, may exceed the level, and no probability is given for "
+                f"that."
+            )
+        else:
+            about = (
+                f"{self.unit}s on the whole"
+                if "claim" in self.evidence
+                else (f"the mean over {self.unit}s")
+            )
+            promise = (
+                f"With probability at least {1 - self.delta:.6g} over the draw of {drawn}, "
+                f"{self._claim()} on {self.unit}s drawn like them. The {self.delta:g} is the "
+                f"chance that such a draw misleads the calibration; it is not a rate per "
+                f"{self.unit}, and the promise is about {about}, not about each "
+                f"one, nor about other traffic."
+            )
+        evidence = f"Evidence: {self.method} test, {self.procedure}."
+        return " ".join([promise, evidence, f"Assumed: {assumed}.", *self.notes])
+
+    def _nothing(self) -> str:
+        tested = self.evidence.get("full_computation_tested", False)
+        subject = "Nothing" if tested else "Nothing beyond full computation"
+        without = "it has no certificate either" if tested else "its loss is zero by construction"
+        sure = "" if self.evidence.get("kind") == "conformal" else f"delta = {self.delta:g}, "
+        head = (
+            f"{subject} is certified at {self._promise()} ({sure}{self.n} {self.unit}s, "
+            f"{self.method} test, {self.procedure}). Full computation is used: {without}."
+        )
+        return " ".join([head, *self.notes])
+
+    def _claim(self) -> str:
+        if "claim" in self.evidence:
+            return str(self.evidence["claim"])
+        knob = "" if self.knob is None else f" (knob {self.knob:.6g})"
+        return f"configuration {self.index}{knob} has {self._promise()}"
 
     @property
     def summary(self) -> str:
         """One line: the outcome, the promise, the evidence."""
         place = f"column {self.index}" if self.holds else "full computation (nothing certified)"
+        expected = self.evidence.get("kind") == "conformal"
+        sure = "in expectation" if expected else f"confidence {1 - self.delta:.6g}"
         return (
-            f"{place}: {self._promise()}, confidence {1 - self.delta:.6g}, "
+            f"{place}: {self._promise()}, {sure}, "
             f"n = {self.n} {self.unit}s, {self.method}, {self.procedure}"
         )
 
-    def verify(self, losses: Any, *, groups: ArrayLike | None = None) -> bool:
-        """Return whether `losses` give this evidence and this decision when tested again.
+    def verify(
+        self, losses: Any, *, groups: ArrayLike | None = None, scores: ArrayLike | None = None
+    ) -> Verification:
+        """Test the losses again and say what differs from this evidence and this decision.
 
         Parameters
         ----------
-        losses : array_like, callable, or mapping of them
-            The losses of the test split as `control_risk` takes them, units in the same order.
+        losses : array_like, callable, Trace, or mapping of them
+            What the procedure was given: the losses of the test split as `control_risk` takes
+            them, units in the same order; or the trace, where they were read off one (a
+            `RiskCurve`, a `DepartureCurve`, the scores and losses of `certify_halting`).
         groups : array_like, optional
             The groups that were given to `control_risk`.
+        scores : array_like, optional
+            The scores that were given to `certify_halting`, with losses as an array.
 
         Returns
         -------
-        bool
-            True if every visited column's log p-value is reproduced to 1e-6 relative, and the
-            recorded decision follows from them.
+        Verification
+            True if every visited column's evidence is reproduced to 1e-6 relative, and the
+            recorded decision follows from it; otherwise each difference in words.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is no evidence, or it is of a kind or by a test that is not known here.
         """
         from adaptive.calibration._verifying import verify_certificate
 
-        return verify_certificate(self, losses, groups=groups)
+        return verify_certificate(self, losses, groups=groups, scores=scores)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the certificate as plain JSON-ready values."""
@@ -188,6 +245,8 @@ class Certificate:
         return self.statement()
 
     def _promise(self) -> str:
+        if "promise" in self.evidence:
+            return str(self.evidence["promise"])
         if isinstance(self.risk, dict):
             return " and ".join(f"mean {name} <= {r:g}" for name, r in self.risk.items())
         return f"mean {self.loss} <= {self.risk:g}"

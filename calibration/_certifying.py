@@ -31,18 +31,13 @@ def certificate_of(
     assumed = [
         sentence
         for source, test in zip(sources, examiner.tests, strict=True)
-        for sentence in test.assumptions(source.bound)
+        for sentence in (*test.assumptions(source.bound), *source.assumptions)
     ]
+    curve = sources[0].curve
+    fingerprints = {"losses": {str(j): list(examiner.visits[j].digests) for j in tested.visited}}
     evidence = {
         "losses": [
-            {
-                "name": source.name,
-                "risk": source.risk,
-                "bound": source.bound,
-                "loss_type": source.loss_type,
-                "test": test.name,
-            }
-            for source, test in zip(sources, examiner.tests, strict=True)
+            source.facts(test.name) for source, test in zip(sources, examiner.tests, strict=True)
         ],
         "n_columns": sources[0].n_columns,
         "procedure": settings.procedure.to_dict(),
@@ -71,13 +66,16 @@ def certificate_of(
         bound=sources[0].bound if single else {source.name: source.bound for source in sources},
         assumptions=tuple(dict.fromkeys(assumed)),
         split={"order_seed": settings.order_seed, "n_test": examiner.n_units},
-        fingerprints={"losses": {str(j): list(examiner.visits[j].digests) for j in tested.visited}},
+        knob=None if index is None or curve is None else float(curve.thresholds[index]),
+        fingerprints=fingerprints
+        if curve is None
+        else fingerprints | {"trace": curve.trace.fingerprint()},
         notes=_notes(examiner, tested, index),
     )
 
 
 def _notes(examiner: Examiner, tested: Tested, index: int | None) -> tuple[str, ...]:
-    notes = []
+    notes = [note for source in examiner.sources for note in source.notes]
     for i, (source, test) in enumerate(zip(examiner.sources, examiner.tests, strict=True)):
         if test.asymptotic:
             notes.append(f"The {test.name} test is asymptotic: no finite-sample guarantee.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptive.calibration._certificate import Certificate
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._validation import check_risk, float_matrix, require_at_most
 
@@ -34,6 +35,8 @@ class ConformalResult:
         Units.
     monotonised : bool
         Whether each unit's losses were replaced by their running maximum.
+    certificate : Certificate
+        What is promised, on what evidence; its delta is 1, for there is no confidence.
     """
 
     index: int | None
@@ -45,22 +48,11 @@ class ConformalResult:
     n: int
     monotonised: bool
 
+    certificate: Certificate
+
     def statement(self) -> str:
         """Say in plain words what is promised and what is not."""
-        if self.index is None:
-            least = conformal_minimum_units(self.risk, bound=self.bound)
-            return (
-                f"Nothing beyond full computation passes conformal risk control at mean loss "
-                f"<= {self.risk:g} with {self.n} units; with fewer than {least} units nothing can."
-            )
-        return (
-            f"Column {self.index} has mean loss <= {self.risk:g}, where the mean is over the "
-            f"{self.n} calibration units and the next unit together. It is an average over "
-            f"calibration draws: a single draw, this one included, may exceed the level, and no "
-            f"probability is given for that. Assumed: units are exchangeable, losses never "
-            f"exceed {self.bound:g} and never decrease along the columns for any unit"
-            f"{' (enforced by their running maximum)' if self.monotonised else ''}."
-        )
+        return self.certificate.statement()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per column."""
@@ -79,7 +71,13 @@ class ConformalResult:
 
 
 def conformal_risk_control(
-    losses: ArrayLike, *, risk: float, bound: float = 1.0, monotonise: bool = False
+    losses: ArrayLike,
+    *,
+    risk: float,
+    bound: float = 1.0,
+    monotonise: bool = False,
+    loss: str = "loss",
+    unit: str = "unit",
 ) -> ConformalResult:
     r"""Last column before the first one with :math:`(n \bar L_j + B) / (n + 1) > \alpha`.
 
@@ -96,6 +94,8 @@ def conformal_risk_control(
         Replace each unit's losses by their running maximum over the columns, which controls the
         original loss too. Otherwise a decreasing loss is an error, never passed over: without
         monotone losses the guarantee does not hold.
+    loss, unit : str
+        Names for the certificate.
 
     Returns
     -------
@@ -143,8 +143,20 @@ def conformal_risk_control(
     failing = np.flatnonzero(adjusted > level)
     first = int(failing[0]) if failing.size else None
     last = table.shape[1] - 1 if first is None else first - 1
+    index = last if last >= 0 else None
+    evidence = {
+        "kind": "conformal",
+        "promise": f"mean {loss} <= {level:g}",
+        "claim": f"Column {index} has mean {loss} <= {level:g}",
+        "n_columns": table.shape[1],
+        "monotonised": bool(monotonise),
+        "first_failing": first,
+        "adjusted": adjusted.tolist(),
+        "means": table.mean(axis=0).tolist(),
+    }
+    certificate = _certificate(evidence, index, level, upper, n, loss=loss, unit=unit)
     return ConformalResult(
-        index=last if last >= 0 else None,
+        index=index,
         first_failing=first,
         adjusted=adjusted,
         means=table.mean(axis=0),
@@ -152,6 +164,42 @@ def conformal_risk_control(
         bound=upper,
         n=n,
         monotonised=bool(monotonise),
+        certificate=certificate,
+    )
+
+
+def _certificate(
+    evidence: dict[str, Any],
+    index: int | None,
+    risk: float,
+    bound: float,
+    n: int,
+    *,
+    loss: str,
+    unit: str,
+) -> Certificate:
+    enforced = " (enforced by their running maximum)" if evidence["monotonised"] else ""
+    least = conformal_minimum_units(risk, bound=bound)
+    few = f"With fewer than {least} {unit}s nothing can be."
+    return Certificate(
+        holds=index is not None,
+        risk=risk,
+        delta=1.0,
+        loss=loss,
+        unit=unit,
+        method="conformal",
+        procedure="first failing column",
+        n=n,
+        index=index,
+        evidence=evidence,
+        bound=bound,
+        assumptions=(
+            "units are exchangeable",
+            f"losses never exceed {bound:g} and never decrease along the columns for any "
+            f"{unit}{enforced}",
+        ),
+        split={"n_test": n},
+        notes=(few,) if index is None and n < least else (),
     )
 
 

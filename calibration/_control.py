@@ -14,7 +14,7 @@ from adaptive.calibration._certificate import Certificate
 from adaptive.calibration._certifying import certificate_of
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._examination import Examiner, Settings
-from adaptive.calibration._losses import LossColumns, Losses, loss_columns
+from adaptive.calibration._losses import LossColumns, Losses, groups_of, loss_columns
 from adaptive.calibration._procedures import AbstractProcedure, procedure_of
 from adaptive.calibration._risk_test import AbstractRiskTest
 from adaptive.calibration._testing import mask_of
@@ -125,10 +125,12 @@ def control_risk(
 
     Parameters
     ----------
-    losses : array_like [n_units, n_columns], callable, or mapping from names to these
+    losses : array_like [n_units, n_columns], callable, curve, or mapping from names to these
         Losses of at most `bound`; negative values (better than full computation) are welcome in
         the betting tests. A callable `f(column) -> [n_units]` is asked only for the columns that
         the procedure visits (give `n_columns`); units must come in the same order every time. A
+        `RiskCurve` or `DepartureCurve` is read at its thresholds, the first of them inf; its
+        trace's groups count as `groups`. `TransformedLosses` bring their own bound. A
         mapping controls several risks at once: a column passes if all of them do.
     risk : float or mapping
         Promise, in (0, bound); one per name for several risks.
@@ -194,6 +196,8 @@ def control_risk(
     sources = loss_columns(
         losses, risk=risk, bound=bound, loss_type=loss_type, n_columns=n_columns, name=loss
     )
+    if groups is None:
+        groups = groups_of(sources)
     order_seed = int(as_generator(rng).integers(2**32))
     settings = Settings(
         delta=delta,

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._binomial import binomial_log_p
+from adaptive.calibration._certificate import Certificate
 from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._risk_test import INDEPENDENT
 from adaptive.calibration._validation import check_probability, require_binary
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class HaltTimeResult:
     risk, delta : float
     n : int
         Units of the test split.
+    certificate : Certificate
+        What is promised, on what evidence; its `index` is `first_exit`.
     """
 
     thresholds: Array
@@ -42,20 +46,11 @@ class HaltTimeResult:
     risk: float
     delta: float
     n: int
+    certificate: Certificate
 
     def statement(self) -> str:
         """Say in plain words what is promised."""
-        if self.first_exit is None:
-            return (
-                f"No exit is certified at error rate {self.risk:g} given the halt time, with "
-                f"{self.n} units and delta = {self.delta:g}; full computation is used."
-            )
-        return (
-            f"With probability at least {1 - self.delta:g} over the {self.n} test units, for "
-            f"every exit k from {self.first_exit} on the error rate among units that stop by "
-            f"exit k is at most {self.risk:g}. Assumed: units are independent, and thresholds "
-            f"were screened on other units."
-        )
+        return self.certificate.statement()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per exit."""
@@ -107,7 +102,14 @@ def screen_halting(scores: ArrayLike, losses: ArrayLike, *, risk: float) -> Arra
 
 
 def certify_halting(
-    scores: ArrayLike, losses: ArrayLike, *, thresholds: ArrayLike, risk: float, delta: float
+    scores: ArrayLike,
+    losses: ArrayLike,
+    *,
+    thresholds: ArrayLike,
+    risk: float,
+    delta: float,
+    loss: str = "error",
+    unit: str = "unit",
 ) -> HaltTimeResult:
     r"""Certify the error rate *given that the unit stopped by exit k*, for every k at once.
 
@@ -126,6 +128,8 @@ def certify_halting(
         Promise, in (0, 1).
     delta : float
         Error probability, in (0, 1).
+    loss, unit : str
+        Names for the certificate.
 
     Returns
     -------
@@ -176,6 +180,45 @@ def certify_halting(
         risk=float(risk),
         delta=float(delta),
         n=table.shape[0],
+        certificate=_certificate(
+            values, log_p, first, table.shape[0], risk=risk, delta=delta, loss=loss, unit=unit
+        ),
+    )
+
+
+def _certificate(
+    screened: Array,
+    log_p: Array,
+    first: int | None,
+    n: int,
+    *,
+    risk: float,
+    delta: float,
+    loss: str,
+    unit: str,
+) -> Certificate:
+    promise = f"{loss} rate <= {risk:g} given the halt time"
+    return Certificate(
+        holds=first is not None,
+        risk=float(risk),
+        delta=float(delta),
+        loss=loss,
+        unit=unit,
+        method="binomial",
+        procedure="exits from the last to the first",
+        n=n,
+        index=first,
+        evidence={
+            "kind": "halting",
+            "promise": promise,
+            "claim": f"for every exit k from {first} on, the {loss} rate among {unit}s that stop "
+            f"by exit k is at most {risk:g}",
+            "screened": [str(float(value)) for value in screened],
+            "log_p_values": [None if np.isnan(p) else max(float(p), -1e300) for p in log_p],
+        },
+        bound=1.0,
+        assumptions=(INDEPENDENT, "thresholds were screened on other units"),
+        split={"n_test": n},
     )
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptive.calibration._curve_losses import Curve, origin_of
 from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._risk_curve import DepartureCurve, RiskCurve
+from adaptive.calibration._transformed_losses import TransformedLosses
 from adaptive.calibration._validation import (
     check_choice,
     check_count,
@@ -23,7 +26,8 @@ from adaptive.calibration._validation import (
 
 Array = NDArray[np.float64]
 Provider = Callable[[int], ArrayLike]
-Losses = ArrayLike | Provider | Mapping[str, "ArrayLike | Provider"]
+Single = ArrayLike | Provider | Curve | TransformedLosses
+Losses = Single | Mapping[str, Single]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class LossColumns:
         Units that belong to the population tested, where it is a part of all.
     codes : ndarray of int or None
         Cluster of each unit, where the cluster is the unit.
+    curve : RiskCurve, DepartureCurve or None
+        Where the columns come from, if from the trace of a threshold policy.
+    assumptions, notes : tuple of str
+        Sentences for the certificate, where the losses were rewritten for the test.
     """
 
     name: str
@@ -56,6 +64,15 @@ class LossColumns:
     read: Provider
     select: NDArray[np.bool_] | None = None
     codes: NDArray[np.intp] | None = None
+    curve: Curve | None = None
+    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def facts(self, test: str) -> dict[str, Any]:
+        """Return what a certificate records of the loss, and of the test it goes through."""
+        declared = {name: getattr(self, name) for name in ("name", "risk", "bound", "loss_type")}
+        origin = {} if self.curve is None else {"origin": origin_of(self.curve)}
+        return {**declared, "test": test, **origin}
 
     @property
     def test_type(self) -> str:
@@ -150,13 +167,25 @@ def loss_columns(
     return sources
 
 
+def groups_of(sources: tuple[LossColumns, ...]) -> NDArray[Any] | None:
+    """Return the groups of the units, where the losses come from a trace that has them."""
+    curves = (source.curve for source in sources if source.curve is not None)
+    return next((c.trace.groups for c in curves if c.trace.groups is not None), None)
+
+
 def _one(
     name: str, losses: Any, risk: Any, bound: Any, loss_type: Any, n_columns: int | None
 ) -> LossColumns:
+    if isinstance(losses, TransformedLosses):
+        return _transformed(name, losses, risk, bound, loss_type)
     level, upper = check_risk(risk, bound)
     kind = check_choice("loss_type", loss_type, ("bounded", "binary"))
     if kind == "binary" and upper != 1.0:
         raise InvalidArgumentError("bound", upper, "1 for a binary loss")
+    if isinstance(losses, RiskCurve | DepartureCurve):
+        origin_of(losses)
+        count = check_count("n_columns", losses.thresholds.size, least=2)
+        return LossColumns(name, level, upper, kind, count, losses.unit_losses, curve=losses)
     if callable(losses):
         if n_columns is None:
             raise InvalidArgumentError("n_columns", None, "given when `losses` is a callable")
@@ -170,6 +199,17 @@ def _one(
     if n_columns is not None and n_columns != array.shape[1]:
         raise InvalidArgumentError("n_columns", n_columns, f"{array.shape[1]}, as in `losses`")
     return LossColumns(name, level, upper, kind, array.shape[1], lambda column: array[:, column])
+
+
+def _transformed(
+    name: str, losses: TransformedLosses, risk: Any, bound: Any, loss_type: Any
+) -> LossColumns:
+    if bound not in (1.0, losses.bound):
+        raise InvalidArgumentError("bound", bound, f"left out or {losses.bound:g}, as transformed")
+    if losses.risk is not None and risk != losses.risk:
+        raise InvalidArgumentError("risk", risk, f"{losses.risk:g}, as the losses were made for")
+    source = _one(name, losses.losses, risk, losses.bound, loss_type, None)
+    return dataclasses.replace(source, assumptions=losses.assumptions, notes=losses.notes)
 
 
 def _pick(argument: str, value: Any, key: str, names: Mapping[str, Any]) -> Any:

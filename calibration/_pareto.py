@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._certificate import Certificate, Verification
 from adaptive.calibration._control import RiskControlResult, control_risk
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._losses import Losses, loss_columns
+from adaptive.calibration._losses import Losses, groups_of, loss_columns
 from adaptive.calibration._methods import choose_test
+from adaptive.calibration._risk_curve import DepartureCurve, RiskCurve
 from adaptive.calibration._risk_test import AbstractRiskTest
+from adaptive.calibration._transformed_losses import TransformedLosses
 from adaptive.calibration._validation import Rng, as_generator, check_probability
 
 Array = NDArray[np.float64]
@@ -53,9 +55,17 @@ class SplitControlResult:
         """The certificate of the test split, with the sequence that the other split chose."""
         split = {"sequence": list(self.sequence), "configuration": self.configuration}
         certificate = self.result.certificate
-        return dataclasses.replace(certificate, split={**certificate.split, **split})
+        note = (
+            f"Numbers are places in the sequence {', '.join(map(str, self.sequence))} of "
+            f"configurations, which other units chose; configuration {self.configuration} is used."
+        )
+        return dataclasses.replace(
+            certificate,
+            split={**certificate.split, **split},
+            notes=(*certificate.notes, note) if certificate.holds else certificate.notes,
+        )
 
-    def verify(self, losses: Losses) -> bool:
+    def verify(self, losses: Losses) -> Verification:
         """Return whether all losses, as they were given, reproduce the test split's evidence."""
         return self.result.certificate.verify(_arranged(losses, self.sequence, self.test_units))
 
@@ -140,6 +150,8 @@ def control_risk_split(
     sources = loss_columns(
         losses, risk=risk, bound=bound, loss_type=loss_type, n_columns=n_columns, name=loss
     )
+    if groups_of(sources) is not None:
+        raise InvalidArgumentError("losses", "a trace with groups", "of units without groups")
     count = sources[0].n_columns
     price = np.asarray(costs, dtype=np.float64)
     if price.shape != (count,) or not np.isfinite(price).all():
@@ -187,6 +199,11 @@ def _arranged(losses: Losses, sequence: tuple[int, ...], units: NDArray[np.intp]
     """Return providers of the sequence's columns on the given units; column 0 stays itself."""
     if isinstance(losses, Mapping):
         return {name: _arranged(part, sequence, units) for name, part in losses.items()}
+    if isinstance(losses, TransformedLosses):
+        columns = np.array([0, *sequence])
+        return dataclasses.replace(losses, losses=losses.losses[units[:, None], columns])
+    if isinstance(losses, RiskCurve | DepartureCurve):
+        return _arranged(losses.unit_losses, sequence, units)
 
     def read(column: int) -> ArrayLike:
         place = sequence[column - 1]

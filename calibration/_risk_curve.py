@@ -49,13 +49,9 @@ class RiskCurve:
 
         A provider for `control_risk`: only the columns that are asked for are computed.
         """
-        losses = _stopped_losses(self.trace, self.loss, self.thresholds[column], self.warmup)
-        if self.trace.n_tokens == self.trace.n_units:
-            return losses
-        mean: NDArray[np.float64] = (
-            np.add.reduceat(losses, self.trace.offsets[:-1]) / self.trace.lengths
+        return stopped_means(
+            self.trace, float(self.thresholds[column]), loss=self.loss, warmup=self.warmup
         )
-        return mean
 
     def errors(self) -> NDArray[np.int64]:
         """Count of units with loss 1 at every threshold [n_columns], for `binomial_log_p`.
@@ -110,9 +106,9 @@ class DepartureCurve:
 
     def unit_losses(self, column: int) -> NDArray[np.float64]:
         """1 for every unit that departs at ``thresholds[column]``, else 0 [n_units]."""
-        losses = _stopped_losses(self.trace, self.loss, self.thresholds[column], self.warmup)
-        departs = np.logical_or.reduceat(losses != 0.0, self.trace.offsets[:-1])
-        return departs.astype(np.float64)
+        return stopped_departures(
+            self.trace, float(self.thresholds[column]), loss=self.loss, warmup=self.warmup
+        )
 
     def errors(self) -> NDArray[np.int64]:
         """Count of units that depart at every threshold [n_columns], for `binomial_log_p`.
@@ -275,6 +271,24 @@ def departure_curve(
     )
 
 
+def stopped_means(trace: Trace, threshold: float, *, loss: str, warmup: int) -> NDArray[np.float64]:
+    """Return every unit's mean loss per token [n_units] when it stops at the threshold."""
+    losses = _stopped_losses(trace, loss, threshold, warmup)
+    if trace.n_tokens == trace.n_units:
+        return losses
+    mean: NDArray[np.float64] = np.add.reduceat(losses, trace.offsets[:-1]) / trace.lengths
+    return mean
+
+
+def stopped_departures(
+    trace: Trace, threshold: float, *, loss: str, warmup: int
+) -> NDArray[np.float64]:
+    """Return 1 for every unit that departs at the threshold, else 0 [n_units]."""
+    losses = _stopped_losses(trace, loss, threshold, warmup)
+    departs = np.logical_or.reduceat(losses != 0.0, trace.offsets[:-1])
+    return departs.astype(np.float64)
+
+
 def _counts(mean: NDArray[np.float64], trace: Trace) -> NDArray[np.int64]:
     """Integer counts from their exactly rounded share: rounding n (k / n) gives k below 2**52."""
     if trace.weights is not None:
@@ -349,10 +363,8 @@ def _unsorted(values: NDArray[np.float64], order: NDArray[np.intp]) -> NDArray[n
     return placed
 
 
-def _stopped_losses(
-    trace: Trace, loss: str, threshold: np.float32, warmup: int
-) -> NDArray[np.float64]:
-    stages = stop_stages(trace, float(threshold), warmup=warmup)
+def _stopped_losses(trace: Trace, loss: str, threshold: float, warmup: int) -> NDArray[np.float64]:
+    stages = stop_stages(trace, threshold, warmup=warmup)
     losses = np.zeros(trace.n_tokens)
     stopped = np.flatnonzero(stages < trace.n_exits)
     losses[stopped] = trace.losses[loss][stopped, stages[stopped]]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._certificate import Certificate, Verification
+from adaptive.calibration._differences import compared
 from adaptive.calibration._eprocess import BETS, MeanEProcess
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._validation import (
@@ -227,8 +228,10 @@ def control_sequentially(
     return SequentialResult(index, certified, tuple(records), certificate)
 
 
-def verify_sequential(certificate: Certificate, draw: Draw) -> bool:
-    """Return whether the losses give this sequential certificate's evidence when tested again.
+def verify_sequential(certificate: Certificate, draw: Draw) -> Verification:
+    """Draw the losses of a sequential certificate again and say what differs.
+
+    `Certificate.verify` does the same for losses that are at hand as an array.
 
     Parameters
     ----------
@@ -239,7 +242,7 @@ def verify_sequential(certificate: Certificate, draw: Draw) -> bool:
 
     Returns
     -------
-    bool
+    Verification
         True if the same columns are visited, decided after the same units with the same evidence
         (to 1e-6 relative), and the recorded decision follows.
 
@@ -250,21 +253,23 @@ def verify_sequential(certificate: Certificate, draw: Draw) -> bool:
     """
     if certificate.method != "e-process" or "settings" not in certificate.evidence:
         raise InvalidArgumentError("certificate", certificate.method, "by `control_sequentially`")
+    return compared(certificate, again_from(certificate, draw, batch=1))
+
+
+def again_from(certificate: Certificate, draw: Draw, *, batch: int) -> Certificate:
+    """Return the certificate that the same settings give for losses drawn again."""
     evidence = certificate.evidence
     settings = {**evidence["settings"], "bets": tuple(evidence["settings"]["bets"])}
-    again = control_sequentially(
+    return control_sequentially(
         draw,
-        risk=certificate.risk,  # type: ignore[arg-type]
-        bound=certificate.bound,  # type: ignore[arg-type]
+        risk=float(certificate.risk),  # type: ignore[arg-type]
+        bound=float(certificate.bound),  # type: ignore[arg-type]
         delta=certificate.delta,
+        batch=batch,
+        loss=certificate.loss,
+        unit=certificate.unit,
         **settings,
-    )
-    found = again.certificate.evidence
-    return (
-        all(found[name] == evidence[name] for name in ("columns", "certified", "units"))
-        and bool(np.allclose(found["log_e_values"], evidence["log_e_values"], rtol=1e-6))
-        and (again.index, again.index is not None) == (certificate.index, certificate.holds)
-    )
+    ).certificate
 
 
 @dataclass(frozen=True)

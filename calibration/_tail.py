@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from adaptive.calibration._bands import berk_jones_levels
-from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._losses import loss_columns
+from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from adaptive.calibration._losses import LossColumns, Losses, groups_of, loss_columns
+from adaptive.calibration._risk_test import INDEPENDENT
+from adaptive.calibration._transformed_losses import TransformedLosses
 from adaptive.calibration._validation import (
     check_count,
     check_positive,
@@ -189,6 +193,8 @@ class TailResult:
     tail : AbstractTailRisk
     risk, delta, bound : float
     n : int
+    certificate : Certificate
+        What is promised, on what evidence.
     """
 
     index: int | None
@@ -199,20 +205,11 @@ class TailResult:
     delta: float
     bound: float
     n: int
+    certificate: Certificate
 
     def statement(self) -> str:
         """Say in plain words what is promised."""
-        if self.index is None:
-            return (
-                f"Nothing beyond full computation is certified: the {self.tail.name} of the first "
-                f"column is only bounded by {self.upper_bounds[1]:.6g}, the promise is "
-                f"{self.risk:g} ({self.n} units, delta = {self.delta:g})."
-            )
-        return (
-            f"With probability at least {1.0 - self.delta:g} over the draw of the {self.n} units, "
-            f"the {self.tail.name} at every certified column, {self.index} the last, is at most "
-            f"{self.risk:g}. Assumed: units are independent, no loss exceeds {self.bound:g}."
-        )
+        return self.certificate.statement()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per column."""
@@ -226,21 +223,23 @@ class TailResult:
 
 
 def control_tail(
-    losses: ArrayLike | Callable[[int], ArrayLike],
+    losses: Losses,
     *,
     tail: AbstractTailRisk,
     risk: float,
     delta: float = 0.05,
     bound: float = 1.0,
     n_columns: int | None = None,
+    loss: str = "loss",
+    unit: str = "unit",
 ) -> TailResult:
     """Certify columns in order while the bound on the tail risk is at most `risk`.
 
     Parameters
     ----------
-    losses : array_like [n_units, n_columns] or callable
+    losses : array_like [n_units, n_columns], callable or curve
         As in `control_risk`: columns from safest to cheapest, column 0 full computation, or
-        ``f(column) -> [n_units]`` with `n_columns`.
+        ``f(column) -> [n_units]`` with `n_columns`, or a curve of a trace without groups.
     tail : AbstractTailRisk
         `Quantile`, `ConditionalValueAtRisk` or `IntervalMean`.
     risk : float
@@ -251,6 +250,8 @@ def control_tail(
         Declared upper bound of the loss.
     n_columns : int, optional
         For a callable.
+    loss, unit : str
+        Names for the certificate.
 
     Returns
     -------
@@ -269,15 +270,25 @@ def control_tail(
     1
     """
     check_probability("delta", delta)
+    if not isinstance(tail, AbstractTailRisk):
+        raise InvalidTypeError("tail", tail, "a Quantile, ConditionalValueAtRisk or IntervalMean")
+    if isinstance(losses, Mapping | TransformedLosses):
+        raise InvalidTypeError("losses", losses, "one loss, as it is")
     (source,) = loss_columns(
-        losses, risk=risk, bound=bound, loss_type="bounded", n_columns=n_columns, name="loss"
+        losses, risk=risk, bound=bound, loss_type="bounded", n_columns=n_columns, name=loss
     )
+    if groups_of((source,)) is not None:
+        raise InvalidArgumentError("losses", "a trace with groups", "of units without groups")
     certified = np.zeros(source.n_columns, dtype=bool)
     certified[0] = True
     bounds = np.full(source.n_columns, np.nan)
     n = 0
     for column in range(1, source.n_columns):
         values = source.column(column)
+        if n not in (0, values.size):
+            raise InvalidArgumentError(
+                "losses", f"{values.size} units in column {column}", f"{n} units in each"
+            )
         n = values.size
         bounds[column] = tail.upper_bound(values, delta=delta, bound=source.bound)[0]
         if bounds[column] > source.risk:
@@ -293,6 +304,67 @@ def control_tail(
         delta=float(delta),
         bound=source.bound,
         n=n,
+        certificate=_certificate(source, tail, bounds, last or None, n, delta=delta, unit=unit),
+    )
+
+
+def tail_from(values: Mapping[str, Any]) -> AbstractTailRisk:
+    """Return the tail risk that a certificate's evidence names."""
+    settings = dict(values)
+    name = settings.pop("name")
+    for kind in (Quantile, IntervalMean, ConditionalValueAtRisk):
+        if kind.__name__ == name:
+            return kind(**settings)
+    raise UnsupportedError(f"cannot verify: this library has no tail risk named {name!r}")
+
+
+def _certificate(
+    source: LossColumns,
+    tail: AbstractTailRisk,
+    bounds: Array,
+    index: int | None,
+    n: int,
+    *,
+    delta: float,
+    unit: str,
+) -> Certificate:
+    visited = [int(j) for j in np.flatnonzero(~np.isnan(bounds))]
+    settings: dict[str, Any] = dataclasses.asdict(tail) if dataclasses.is_dataclass(tail) else {}
+    name = tail.name.replace("loss", source.name)
+    weak = (
+        f"The {name} of the first column is only bounded by {bounds[1]:.6g}."
+        if index is None
+        else ""
+    )
+    return Certificate(
+        holds=index is not None,
+        risk=source.risk,
+        delta=float(delta),
+        loss=source.name,
+        unit=unit,
+        method="distribution-free bound",
+        procedure="fixed-sequence",
+        n=n,
+        index=index,
+        knob=None
+        if index is None or source.curve is None
+        else float(source.curve.thresholds[index]),
+        evidence={
+            "kind": "tail",
+            "promise": f"{name} <= {source.risk:g}",
+            "claim": f"the {name} at every certified column, {index} the last, is at most "
+            f"{source.risk:g}",
+            "tail": {"name": type(tail).__name__, **settings},
+            "losses": [source.facts("distribution-free bound")],
+            "n_columns": source.n_columns,
+            "columns": visited,
+            "certified": [j for j in visited if bounds[j] <= source.risk],
+            "upper_bounds": [float(bounds[j]) for j in visited],
+        },
+        bound=source.bound,
+        assumptions=(INDEPENDENT, f"no {source.name} exceeds {source.bound:g}"),
+        split={"n_test": n},
+        notes=(weak,) if weak else (),
     )
 
 

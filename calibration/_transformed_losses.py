@@ -7,6 +7,7 @@ test for bounded losses that welcomes negative values) as it is.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,17 +30,24 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TransformedLosses:
-    """Losses and the bound that they keep by construction.
+    """Losses and the bound that they keep by construction; `control_risk` takes them as they are.
 
     Parameters
     ----------
     losses : ndarray [n_units, n_columns]
     bound : float
         To be declared to the test together with them; the loss type is "bounded".
+    risk : float or None
+        The one promise that they can be tested for, where they were made for one.
+    assumptions, notes : tuple of str
+        Sentences that a certificate for these losses must carry.
     """
 
     losses: Array
     bound: float
+    risk: float | None = None
+    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def shifted_losses(
@@ -88,7 +96,18 @@ def shifted_losses(
     table = float_matrix("losses", losses)
     require_at_most("losses", table, upper)
     ratio, largest = _weights(weights, table.shape[0], max_weight)
-    return _within(level + ratio[:, None] * (table - level), level + largest * (upper - level))
+    moved = _within(level + ratio[:, None] * (table - level), level + largest * (upper - level))
+    return dataclasses.replace(
+        moved,
+        risk=level,
+        assumptions=(
+            f"weights are the ratio of target to calibration traffic and never exceed {largest:g}",
+        ),
+        notes=(
+            "The promise is about the traffic that the weights describe, not about the traffic "
+            "that the calibration units came from.",
+        ),
+    )
 
 
 def thin_by_weights(weights: ArrayLike, *, max_weight: float, rng: Rng = None) -> NDArray[np.intp]:
@@ -216,7 +235,18 @@ def prediction_powered_losses(
     rectifier = table - strength * near
     limit = upper if rectifier_bound is None else check_number("rectifier_bound", rectifier_bound)
     require_at_most("graded less the weighted proxy", rectifier, limit)
-    return _within(rectifier + strength * means, limit + strength * proxy_bound)
+    powered = _within(rectifier + strength * means, limit + strength * proxy_bound)
+    return dataclasses.replace(
+        powered,
+        assumptions=(
+            f"the {n} graded and {share * n} plentiful units are independent draws from one "
+            f"traffic, the plentiful ones in an order that does not depend on their proxy",
+        ),
+        notes=(
+            f"The mean is that of the graded loss; {strength:g} times the proxy was taken off it "
+            f"and its mean over the plentiful units added, which changes the noise only.",
+        ),
+    )
 
 
 def tune_power(graded: ArrayLike, *, proxy: ArrayLike, plenty_per_graded: float) -> float:

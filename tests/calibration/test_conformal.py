@@ -75,7 +75,7 @@ def test_the_bound_is_a_parameter_and_is_checked():
 
 def test_it_says_that_the_guarantee_is_an_expectation():
     text = conformal_risk_control(np.zeros((99, 2)), risk=0.05).statement()
-    assert "average over calibration draws" in text
+    assert "average over draws of the calibration units" in text
     assert "no probability" in text
 
 

@@ -303,8 +303,7 @@ def test_verification_names_what_it_cannot_do():
     values["evidence"]["losses"][0]["test"] = "of the future"
     with pytest.raises(UnsupportedError, match="no test named 'of the future'"):
         Certificate.from_dict(values).verify(losses)
-    with pytest.raises(InvalidArgumentError, match=f"{len(losses)} units in each"):
-        result.certificate.verify(losses[:-1])
+    assert f"number of units: {len(losses)} recorded" in str(result.certificate.verify(losses[:-1]))
     groups = np.arange(len(losses)) % 2
     joint = control_risk(losses, risk=0.05, groups=groups, per_group=True)
     with pytest.raises(InvalidArgumentError, match="the certificate is per group"):

@@ -18,7 +18,6 @@ from adaptive.calibration import (
     DeltaLedger,
     InvalidArgumentError,
     MeanEProcess,
-    UnsupportedError,
     Verdict,
     control_risk,
     control_sequentially,
@@ -85,7 +84,8 @@ def test_the_certificate_travels_and_names_its_test():
     assert certificate == result.certificate
     assert certificate.method == "e-process"
     assert "disagreement" in certificate.statement()
-    with pytest.raises(UnsupportedError, match="e-process"):
+    assert certificate.verify(table_of([0.0, 0.01]))
+    with pytest.raises(InvalidArgumentError, match="at least 800 units"):
         certificate.verify(np.zeros((10, 2)))
 
 

@@ -102,6 +102,10 @@ class Certificate:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema_version: int = SCHEMA_VERSION
 
+    def __repr__(self) -> str:
+        """Say the one line: evidence and hashes of hundreds of units are for `to_dict`."""
+        return f"Certificate({self.summary})"
+
     def statement(self) -> str:
         """Return the promise as one paragraph of plain words, its limits included."""
         if not self.holds:

@@ -35,7 +35,7 @@ from adaptive import (
     generate,
     minimum_units,
 )
-from adaptive.displays import RiskPathDisplay
+from adaptive.displays import ExitDepthDisplay, RiskPathDisplay, TokenDepthDisplay
 from adaptive.examples import POOL, load_model, load_prompts
 
 model, tokenizer = load_model()
@@ -95,6 +95,13 @@ RiskPathDisplay.from_certificate(policy.certificate).plot()
 plt.show()
 
 # %% [markdown]
+# Where did its tokens stop?
+
+# %%
+ExitDepthDisplay.from_certificate(policy.certificate).plot()
+plt.show()
+
+# %% [markdown]
 # ## Generate
 #
 # The policy goes where `model.generate` already is. Of each token it is known after how many exits
@@ -109,9 +116,9 @@ out = model.generate(
     max_new_tokens=new_tokens,
     return_dict_in_generate=True,
 )
-print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-print("\nexits, full depth is 3:", out.exit_stages[0].tolist())
+print("exits, full depth is 3:", out.exit_stages[0].tolist())
 print(f"layers per token: {out.mean_depth:.2f} of {layers}; inside the promise: {out.certified}")
+TokenDepthDisplay.from_output(out, model, tokenizer=tokenizer)
 
 # %% [markdown]
 # ## Promised and realised

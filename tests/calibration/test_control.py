@@ -195,6 +195,12 @@ def test_certificate_round_trip_and_verification():
     assert "mean harm <= 0.05" in read.summary
 
 
+def test_a_certificate_is_shown_in_one_line():
+    certificate = control_risk(np.zeros((500, 3)), risk=0.05).certificate
+    assert repr(certificate) == f"Certificate({certificate.summary})"
+    assert len(repr(certificate)) < 300
+
+
 def test_unknown_certificates_are_refused():
     values = control_risk(bernoulli(), risk=0.05).certificate.to_dict()
     with pytest.raises(CertificateError, match="schema version 99 is unknown"):

@@ -33,6 +33,8 @@ _MEANING: dict[Status, str] = {
 GREY = "#555555"
 #: Weight of the newest loss in the recent risk.
 _RECENT = 1 / 50
+#: Fewest labels that a recent risk is shown from.
+_ENOUGH = 10
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class MonitorDisplay:
         status = _statuses(told)
         fallen = np.array([state == "fallback" for state in status])
         losses = np.array([np.nan if line["loss"] is None else line["loss"] for line in told])
-        own = np.where(fallen, np.nan, losses)
+        ran = {line["number"]: line["status"] for line in told if line["kind"] == "unit"}
+        compared = np.array([ran[line["number"]] == "fallback" for line in told])
+        own, other = np.where(compared, np.nan, losses), np.where(compared, losses, np.nan)
         counts, sums = np.cumsum(~np.isnan(own)), np.cumsum(np.nan_to_num(own))
         with np.errstate(invalid="ignore"):
             mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
@@ -108,7 +112,7 @@ class MonitorDisplay:
         return cls(
             units=np.cumsum(whole),
             risk=np.where(fallen, np.nan, _recent(own, fallen)),
-            shadow=np.where(fallen, _recent(np.where(fallen, losses, np.nan), ~fallen), np.nan),
+            shadow=np.where(fallen, _recent(other, ~fallen), np.nan),
             mean=mean,
             evidence=np.array([line["evidence"] for line in told]),
             status=status,
@@ -184,18 +188,27 @@ class MonitorDisplay:
         (found["evidence"],) = axes.plot(
             self.units, own, color=BLUE, linewidth=2, label="that the promise is broken"
         )
-        found["alarm"] = axes.axhline(
-            self.alarm, color=RED, linestyle="--", label=f"withdraw at {self.alarm:g}"
-        )
-        found["warn"] = axes.axhline(
-            self.warn, color=ORANGE, linestyle=":", linewidth=2, label=f"warn at {self.warn:g}"
-        )
+        for name, level, words, colour in (
+            ("alarm", self.alarm, "withdraw", RED),
+            ("warn", self.warn, "warn", ORANGE),
+        ):
+            (found[name],) = axes.plot(
+                self.units,
+                np.where(fallen, np.nan, level),
+                color=colour,
+                linestyle="--",
+                label=f"{words} at {level:g}",
+            )
         if fallen.any():
             (found["recovery"],) = axes.plot(
                 self.units, back, color=GREEN, linewidth=2, label="that it would hold again"
             )
-            found["resume"] = axes.axhline(
-                self.resume, color=GREEN, linestyle="--", label=f"resume at {self.resume:g}"
+            (found["resume"],) = axes.plot(
+                self.units,
+                np.where(fallen, self.resume, np.nan),
+                color=GREEN,
+                linestyle="--",
+                label=f"resume at {self.resume:g}",
             )
         low = max(1e-4, float(self.evidence.min()))
         axes.set_yscale("log")
@@ -220,11 +233,13 @@ class MonitorDisplay:
     @property
     def headline(self) -> str:
         """Where the run stands, in one line."""
-        last = self.status[-1] if not self.events else self.events[-1].after
+        now, since = "ok", 0
+        if self.events:
+            now, since = self.events[-1].after, self.events[-1].finished
         risk = self.mean[-1]
-        said = "no label yet" if np.isnan(risk) else f"risk so far {risk:.3g}"
+        said = "no label yet" if np.isnan(risk) else f"Delivered risk so far {risk:.3g}"
         return (
-            f"Now: {last.upper()}. {said} of {self.promise:g} promised; "
+            f"Now: {now.upper()} since unit {since}. {said}, promised {self.promise:g}; "
             f"{self.outside} of {self.units[-1]} units outside the certificate"
         )
 
@@ -269,5 +284,5 @@ def _recent(losses: NDArray[np.float64], restart: NDArray[np.bool_]) -> NDArray[
         elif not np.isnan(loss):
             count += 1
             value += (loss - value) * max(_RECENT, 1 / count) if count > 1 else loss - value
-        found[i] = value if count else np.nan
+        found[i] = value if count >= _ENOUGH else np.nan
     return found

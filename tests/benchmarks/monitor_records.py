@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from adaptive._calibrate import calibrate, mean_run_depth
 from adaptive._collect import collect
-from adaptive._demo import load_shipped
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._families import layers_of
@@ -31,6 +30,7 @@ from adaptive._inputs import Units, read_units
 from adaptive._path import token_losses
 from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions, prose_prompts
+from adaptive.examples import load_model
 from adaptive.policies import Policy, ProbeScore, Saturation, Threshold
 
 POOL = "functions of held-out modules of the Python standard library"
@@ -140,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    model, tokenizer = load_shipped()
+    model, tokenizer = load_model()
     calibration, kinds = traffic(0)
     saved = options.out / "policy.json"
     if not saved.exists():

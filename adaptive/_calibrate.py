@@ -19,7 +19,7 @@ from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._distributed import from_first
 from adaptive._encoders import is_classifier
-from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_units
+from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, booked, parted, total_units
 from adaptive._exits import Exits, get_exits
 from adaptive._families import family_of, layers_of
 from adaptive._inputs import Units, read_units, tokenizer_of
@@ -304,18 +304,12 @@ def calibrate(
     if ledger is not None:
         data = facts.fingerprints["data"]
         purpose = f"calibrate {measured.name} at {risk:g}"
-        account = from_first(lambda: _booked(ledger, delta, purpose=purpose, data=data))
+        account = from_first(lambda: booked(ledger, delta, purpose=purpose, data=data))
         facts = replace(facts, split=facts.split | {"ledger": account})
     found = bench.certify(
         path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=int(rng)
     )
     return replace(found, certificate=from_first(lambda: found.certificate))
-
-
-def _booked(ledger: DeltaLedger, delta: float, *, purpose: str, data: str) -> dict[str, Any]:
-    """Spend delta, and say what the account looks like then."""
-    entry = ledger.spend(delta, purpose=purpose, data=data)
-    return {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
 
 
 @dataclass(frozen=True)

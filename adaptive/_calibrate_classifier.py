@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from adaptive._classifier_losses import ClassLoss, ClassLossName, RowLoss, row_loss
 from adaptive._collect_classifier import StageTable, seconds_per_row, stage_table, trace_of
+from adaptive._distributed import from_first, gathered, require_equal, share
 from adaptive._encoder_stages import EncoderStages
-from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, parted, total_units
+from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, booked, parted, total_units
 from adaptive._examples import Examples, read_examples
 from adaptive._path import GRID, Path, place_members
-from adaptive._predict import Prediction, check_policy, predict_rows, stages_of
+from adaptive._predict import check_policy, predict_rows, stages_of
 from adaptive._progress import bar
 from adaptive._rows import take_rows
 from adaptive._stages import AbstractStages
@@ -90,6 +92,7 @@ def calibrate_classifier(
         raise InvalidArgumentError(
             "dataset", "no labels", f"inputs with labels for loss={loss!r}: (inputs, labels)"
         )
+    require_equal(stages.fingerprints() | {"data": units.ids})
     split = _split(stages, units, training=training, rng=int(rng), progress=progress)
     stages = split.stages
     clustered = groups is not None and pool is None
@@ -120,10 +123,11 @@ def calibrate_classifier(
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     if ledger is not None:
         data = facts.fingerprints["data"]
-        entry = ledger.spend(delta, purpose=f"calibrate {measured.name} at {risk:g}", data=data)
-        account = {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
+        purpose = f"calibrate {measured.name} at {risk:g}"
+        account = from_first(lambda: booked(ledger, delta, purpose=purpose, data=data))
         facts = replace(facts, split=facts.split | {"ledger": account})
-    return bench.certify(path, facts, risk=risk, delta=delta, method=method, clustered=clustered)
+    found = bench.certify(path, facts, risk=risk, delta=delta, method=method, clustered=clustered)
+    return replace(found, certificate=from_first(lambda: found.certificate))
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,14 @@ def _split(
 
 
 @dataclass(frozen=True)
+class _Answers:
+    """Outcome of a run on the test split."""
+
+    logits: Tensor
+    stages: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class _Bench:
     """Everything a calibration runs on."""
 
@@ -255,17 +267,23 @@ class _Bench:
             found.append(float(table[np.arange(len(stops)), stops].mean()))
         return place_members(knobs, np.array(found), risk=risk, members=members)
 
-    def run(self, policy: Policy | None) -> Prediction:
-        """Run the test split as it will be run in use."""
-        test = self.split.test
-        return predict_rows(
-            self.stages,
-            test.inputs,
-            policy,
-            batch_size=self.batch_size,
-            units=unit_keys(test.ids),
-            seed=self.seed,
-        )
+    def run(self, policy: Policy | None) -> _Answers:
+        """Run the test split as it will be run in use, batches shared by the processes."""
+        test, keys = self.split.test, unit_keys(self.split.test.ids)
+        own: dict[int, tuple[Tensor, Tensor]] = {}
+        for start in share(range(0, len(test), self.batch_size)):
+            rows = torch.arange(start, min(len(test), start + self.batch_size))
+            run = predict_rows(
+                self.stages,
+                take_rows(test.inputs, rows),
+                policy,
+                units=keys[rows],
+                seed=self.seed,
+            )
+            own[start] = run.logits.cpu(), run.exit_stages.cpu()
+        parts = [part for _, part in sorted(gathered(own).items())]
+        logits, stages = (torch.cat(column) for column in zip(*parts, strict=True))
+        return _Answers(logits, stages.numpy())
 
     def certify(
         self, path: Path, facts: Facts, *, risk: float, delta: float, method: str, clustered: bool
@@ -278,13 +296,16 @@ class _Bench:
         knobs = (*path.knobs[:first], *path.knobs)
         shown = bar(total=len(knobs), desc="testing", unit="member", progress=self.progress)
         whole = self.run(None)
-        depths = {str(first): whole.mean_depth}
+        depth = self.stages.depths(np.arange(len(self.table.logits)))
+        depths = {str(first): float(depth[-1])}
+        counts: dict[str, list[int]] = {}
         visited: dict[int, NDArray[np.float64]] = {}
 
         def losses(column: int) -> NDArray[np.float64]:
             shown.update(1)
             run = whole if column == first else self.run(self.family.member(knobs[column]))
-            depths[str(column)] = run.mean_depth
+            depths[str(column)] = float(depth[run.stages].mean())
+            counts[str(column)] = np.bincount(run.stages, minlength=len(depth)).tolist()
             visited[column] = self.loss.of(run.logits, whole.logits, test.labels)
             return visited[column]
 
@@ -303,6 +324,9 @@ class _Bench:
         shown.close()
         evidence = {
             "mean_depth": depths,
+            "exit_layers": [int(value) for value in depth],
+            "exit_counts": counts,
+            "steps": self.stages.steps,
             "knobs": [str(knob) for knob in knobs],
             "predicted": [float(value) for value in (*path.predicted[:first], *path.predicted)],
             "full_computation_tested": not self.loss.relative,
@@ -340,7 +364,9 @@ class _Bench:
         """Seconds per row of each policy, None for full computation, in deployed batches."""
         rows = torch.arange(min(len(self.split.fit), _TIMED_BATCHES * self.batch_size))
         inputs = take_rows(self.split.fit.inputs, rows)
-        return seconds_per_row(self.stages, inputs, policies, batch_size=self.batch_size)
+        return from_first(
+            lambda: seconds_per_row(self.stages, inputs, policies, batch_size=self.batch_size)
+        )
 
     def nothing(self, facts: Facts, *, risk: float, delta: float, n: int, why: str) -> Policy:
         """Return full computation and a certificate that says why."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from adaptive._classifier_losses import ClassLossName, RowLoss, row_loss
+from adaptive._distributed import gathered, processes, share
 from adaptive._examples import Examples, read_examples
 from adaptive._predict import features, predict_rows, stages_of
 from adaptive._progress import bar
@@ -53,6 +54,15 @@ class StageTable:
         return self.logits[-1]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One batch: logits per stage, scores, seconds per stage."""
+
+    logits: tuple[Tensor, ...]
+    scores: Tensor
+    seconds: list[float]
+
+
 @torch.no_grad()
 def stage_table(
     stages: AbstractStages,
@@ -85,28 +95,32 @@ def stage_table(
     InvalidArgumentError
         If there are fewer than two stages, or not equally many for every batch.
     """
-    parts: list[tuple[list[Tensor], Tensor]] = []
-    spent: list[float] = []
-    with bar(total=len(units), desc="tracing", unit="input", progress=progress) as shown:
-        for start in range(0, len(units), batch_size):
+    own: dict[int, _Part] = {}
+    with bar(
+        total=-(-len(units) // processes()), desc="tracing", unit="input", progress=progress
+    ) as shown:
+        for start in share(range(0, len(units), batch_size)):
             rows = torch.arange(start, min(len(units), start + batch_size))
             batch = stages.prepared(take_rows(units.inputs, rows))
             outputs, seconds = _outputs(stages, batch)
-            if len(outputs) < 2 or (spent and len(outputs) != len(spent)):
-                raise InvalidArgumentError(
-                    "model",
-                    f"{len(outputs)} stages",
-                    "of equally many stages for every batch, 2 or more",
-                )
             keys = unit_keys(tuple(units.ids[i] for i in rows.tolist()))
             scores = _scores(outputs, score, asked, keys, seed)
-            parts.append(([output.logits.float().cpu() for output in outputs], scores.cpu()))
-            spent = [a + b for a, b in zip(spent or [0.0] * len(outputs), seconds, strict=True)]
+            logits = tuple(output.logits.float().cpu() for output in outputs)
+            own[start] = _Part(logits, scores.cpu(), seconds)
             shown.update(len(rows))
+    parts = [part for _, part in sorted(gathered(own).items())]
+    counts = {len(part.logits) for part in parts}
+    if len(counts) > 1 or min(counts) < 2:
+        raise InvalidArgumentError(
+            "model",
+            f"{' or '.join(map(str, sorted(counts)))} stages",
+            "of equally many stages for every batch, 2 or more",
+        )
     return StageTable(
-        logits=tuple(torch.cat([part[0][stage] for part in parts]) for stage in range(len(spent))),
-        scores=torch.cat([part[1] for part in parts]),
-        costs=np.cumsum(np.maximum(spent, 1e-9)) / len(units),
+        logits=tuple(map(torch.cat, zip(*(part.logits for part in parts), strict=True))),
+        scores=torch.cat([part.scores for part in parts]),
+        costs=np.cumsum(np.maximum(np.sum([part.seconds for part in parts], axis=0), 1e-9))
+        / len(units),
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Self
 
 from adaptive._display_axes import BLUE, GREEN, ORANGE, RED, axes, drawn
-from adaptive.calibration import Certificate, InvalidArgumentError
+from adaptive._display_walk import Walk
+from adaptive.calibration import Certificate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,39 +20,42 @@ class RiskPathDisplay:
 
     Parameters
     ----------
-    columns : tuple of int
-        Members, from safest to cheapest; 0 is full computation.
-    risks, depths : tuple of float
-        Mean loss on the test units, and mean number of layers per token.
+    walk : Walk
+        The members: ``columns`` (full computation first), ``means`` (their measured risks),
+        ``certified``, ``depths``, ``times`` (milliseconds), all tuples of the same length; the
+        last two are empty where nothing is known.
+    loss : str
+        What the risk is the mean of.
     promise : float
         The certified level.
     index : int or None
-        The certified member, if any.
+        The member that is used, if one is certified.
     bound : float or None
         Upper confidence bound of its risk.
-    times : tuple of float or None
-        Measured milliseconds per token; ``None`` for members that were not timed. Certified
-        members and full computation are.
 
     Attributes
     ----------
     ax_, figure_, artists_
-        What :meth:`plot` drew; artists are named risk, promise, certified, depth, time.
+        What :meth:`plot` drew; artists are named risk, failed, promise, certified, depth, time,
+        as far as there are such.
 
     Examples
     --------
-    >>> display = RiskPathDisplay((0, 1), (0.0, 0.02), (12.0, 8.0), 0.05, 1, 0.04)
+    >>> from adaptive.calibration import control_risk
+    >>> wrong = [[0, 0]] * 55 + [[0, 1]] * 5  # of 60 units, members 1 and 2 get 0 and 5 wrong
+    >>> result = control_risk(wrong, risk=0.1, loss_type="binary")
+    >>> display = RiskPathDisplay.from_certificate(result.certificate)
+    >>> display.walk.certified, display.index
+    ((True, True, False), 1)
     >>> display.plot().ax_.get_ylabel()  # doctest: +SKIP
-    'risk'
+    'risk: mean loss'
     """
 
-    columns: tuple[int, ...]
-    risks: tuple[float, ...]
-    depths: tuple[float, ...]
+    walk: Walk
+    loss: str
     promise: float
     index: int | None
     bound: float | None
-    times: tuple[float | None, ...] = ()
     ax_: Any = field(default=None, repr=False, compare=False)
     figure_: Any = field(default=None, repr=False, compare=False)
     artists_: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -59,32 +64,22 @@ class RiskPathDisplay:
     def from_certificate(cls, certificate: Certificate) -> Self:
         """Read the members a calibration visited off its certificate.
 
+        A certificate of ``control_risk`` knows no costs; only risks are drawn then.
+
         Raises
         ------
         InvalidArgumentError
-            If the certificate records no visited members (nothing was tested).
+            If nothing was tested, or several risks at once.
         """
-        evidence = certificate.evidence
-        if "mean_depth" not in evidence or not evidence.get("columns"):
-            raise InvalidArgumentError(
-                "certificate",
-                "no visited members",
-                "the certificate of a calibration that tested some",
-            )
-        columns = (0, *(int(j) for j in evidence["columns"]))
-        risks = tuple(float(value) for value in evidence["means"][certificate.loss])
-        depth = {int(j): float(value) for j, value in evidence["mean_depth"].items()}
-        timed = {int(j): float(v) for j, v in evidence.get("milliseconds_per_token", {}).items()}
-        bound = (evidence.get("upper_bound") or {}).get(certificate.loss)
+        walk = Walk.of(certificate)
+        bound = (certificate.evidence.get("upper_bound") or {}).get(certificate.loss)
         assert isinstance(certificate.risk, float | int)
         return cls(
-            columns=columns,
-            risks=(0.0, *risks),
-            depths=tuple(depth[j] for j in columns),
+            walk=walk,
+            loss=certificate.loss,
             promise=float(certificate.risk),
             index=certificate.index if certificate.holds else None,
             bound=None if bound is None or not certificate.holds else float(bound),
-            times=tuple(timed.get(j) for j in columns) if timed else (),
         )
 
     def plot(self, ax: Axes | None = None) -> Self:
@@ -98,25 +93,22 @@ class RiskPathDisplay:
             With ``ax_``, ``figure_`` and ``artists_``.
         """
         ax = axes(ax)
-        places = range(len(self.columns))
-        artists: dict[str, Any] = {}
-        (artists["risk"],) = ax.plot(
-            places, self.risks, "o-", color=BLUE, label="risk on test units"
+        columns, risks = self.walk.columns, self.walk.means
+        artists = self._risks(ax)
+        if self.walk.depths:
+            share = ax.twinx()
+            artists |= self._costs(share)
+            share.set(ylabel="cost, share of full computation")
+            share.yaxis.label.set_color("#9C6B00")  # orange is too light for letters
+            ax.set_zorder(share.get_zorder() + 1)  # the star lies on top
+            ax.patch.set_visible(False)
+        ax.set(
+            xlabel="member of the path, from safest to cheapest",
+            ylabel=fill(f"risk: mean {self.loss}", 40),
         )
-        artists["promise"] = ax.axhline(
-            self.promise, color=RED, linestyle="--", label=f"promise {self.promise:g}"
-        )
-        if self.index is not None:
-            artists["certified"] = self._star(ax, self.columns.index(self.index))
-        share = ax.twinx()
-        artists |= self._costs(share)
-        share.set(ylabel="cost, share of full computation", ylim=(0, 1.08))
-        top = max(self.promise, *self.risks, self.bound or 0.0)
-        share.yaxis.label.set_color("#9C6B00")  # orange is too light for letters
-        ax.set(xlabel="member of the path, from safest to cheapest", ylabel="risk")
         ax.yaxis.label.set_color(BLUE)
-        ax.set_ylim(0, 1.15 * top)
-        ax.set_xticks(list(places), ["full", *map(str, self.columns[1:])])
+        ax.set_ylim(1.15 * min(0.0, *risks), 1.15 * max(self.promise, self.bound or 0.0, *risks))
+        ax.set_xticks(range(len(columns)), ["full", *map(str, columns[1:])])
         ax.legend(
             handles=list(artists.values()),
             loc="lower center",
@@ -127,31 +119,60 @@ class RiskPathDisplay:
         )
         return drawn(self, ax, artists)
 
+    def _risks(self, ax: Axes) -> dict[str, Any]:
+        """Measured risks, the promise, and the member that is used."""
+        artists: dict[str, Any] = {}
+        style: dict[str, Any] = {"color": BLUE, "markersize": 6}
+        (artists["risk"],) = ax.plot(
+            self.walk.means, "o-", label="risk on test units, certified", **style
+        )
+        failed = [i for i, certified in enumerate(self.walk.certified) if not certified]
+        if failed:
+            (artists["failed"],) = ax.plot(
+                failed,
+                [self.walk.means[i] for i in failed],
+                "o",
+                mfc="white",
+                label="risk on test units, not certified",
+                **style,
+            )
+        artists["promise"] = ax.axhline(
+            self.promise, color=RED, linestyle="--", label=f"promise {self.promise:g}"
+        )
+        if self.index is not None:
+            artists["certified"] = self._star(ax, self.walk.columns.index(self.index))
+        return artists
+
     def _star(self, ax: Axes, place: int) -> Any:
-        upper = self.risks[place] if self.bound is None else self.bound
+        risk = self.walk.means[place]
+        upper = risk if self.bound is None else self.bound
         return ax.errorbar(
             [place],
-            [self.risks[place]],
-            yerr=[[0.0], [max(0.0, upper - self.risks[place])]],
+            [risk],
+            yerr=[[0.0], [max(0.0, upper - risk)]],
             fmt="*",
             color=GREEN,
             markersize=15,
             capsize=5,
-            label="certified, with its upper bound",
+            label="in use, with its upper bound",
             zorder=3,
         )
 
     def _costs(self, ax: Axes) -> dict[str, Any]:
         """Depth, and time where it was measured, both relative to full computation."""
-        shares = [depth / self.depths[0] for depth in self.depths]
+        walk = self.walk
+        shares = [depth / walk.depths[0] for depth in walk.depths]
+        highest = max(shares)
         style: dict[str, Any] = {"color": ORANGE, "markersize": 5}
-        (depth,) = ax.plot(shares, "s:", label="mean depth", **style)
+        (depth,) = ax.plot(shares, "s:", label=f"{walk.steps} per {walk.item}", **style)
         artists = {"depth": depth}
-        timed = [(i, time) for i, time in enumerate(self.times) if time is not None]
+        timed = [(i, time) for i, time in enumerate(walk.times) if time is not None]
         if timed:
             full = timed[0][1]
             where, shares = [i for i, _ in timed], [time / full for _, time in timed]
             (artists["time"],) = ax.plot(
-                where, shares, "^--", mfc="none", label="measured time", **style
+                where, shares, "^--", mfc="none", label=f"time per {walk.item}", **style
             )
+            highest = max(highest, *shares)
+        ax.set_ylim(0, 1.08 * highest)
         return artists

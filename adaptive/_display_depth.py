@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from adaptive._display_axes import axes, depth_colours, drawn, ink_on
+from adaptive._display_walk import Walk
 from adaptive.calibration import Certificate, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitDepthDisplay:
-    """How many tokens stopped at which depth.
+    """How many tokens, or inputs of a classifier, stopped at which depth.
 
     Parameters
     ----------
@@ -31,6 +32,8 @@ class ExitDepthDisplay:
         Number of layers behind a token at every exit, and at full depth.
     counts : tuple of int [n_exits + 1]
         Tokens that stopped there.
+    item, steps : str
+        What is counted (token or input), and in what depths are (layers, stages or models).
 
     Attributes
     ----------
@@ -45,6 +48,8 @@ class ExitDepthDisplay:
 
     layers: tuple[int, ...]
     counts: tuple[int, ...]
+    item: str = "token"
+    steps: str = "layers"
     ax_: Any = field(default=None, repr=False, compare=False)
     figure_: Any = field(default=None, repr=False, compare=False)
     artists_: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -55,7 +60,7 @@ class ExitDepthDisplay:
             raise InvalidArgumentError("layers", self.layers, "ascending depths, at least one")
         if len(self.counts) != len(self.layers) or min(self.counts) < 0 or not sum(self.counts):
             raise InvalidArgumentError(
-                "counts", self.counts, f"{len(self.layers)} counts of tokens, not all zero"
+                "counts", self.counts, f"{len(self.layers)} counts, not all zero"
             )
 
     @property
@@ -72,8 +77,10 @@ class ExitDepthDisplay:
         return cls.from_stages(_stages(output)[:, 1:], layers=depths_of(model))
 
     @classmethod
-    def from_stages(cls, stages: Any, *, layers: Sequence[int]) -> Self:
-        """Count stages.
+    def from_stages(
+        cls, stages: Any, *, layers: Sequence[int], item: str = "token", steps: str = "layers"
+    ) -> Self:
+        """Count stages, such as the ``exit_stages`` of a prediction.
 
         Parameters
         ----------
@@ -82,6 +89,8 @@ class ExitDepthDisplay:
             padding.
         layers : sequence of int
             Depth of every exit, and full depth.
+        item, steps : str
+            As for the class.
         """
         flat = np.asarray(stages, dtype=np.int64).ravel()
         kept = flat[flat >= 0]
@@ -90,7 +99,7 @@ class ExitDepthDisplay:
                 "stages", f"stage {kept.max()}", f"below {len(layers)}, the number of depths"
             )
         counts = np.bincount(kept, minlength=len(layers))
-        return cls(tuple(layers), tuple(int(count) for count in counts))
+        return cls(tuple(layers), tuple(int(count) for count in counts), item, steps)
 
     @classmethod
     def from_certificate(cls, certificate: Certificate) -> Self:
@@ -105,9 +114,10 @@ class ExitDepthDisplay:
                 "no counts of exits",
                 "the certificate of a calibration that tested members",
             )
-        last = certificate.index if certificate.holds else evidence["columns"][-1]
-        counts = evidence["exit_counts"][str(last)]
-        return cls(tuple(evidence["exit_layers"]), tuple(int(count) for count in counts))
+        walk = Walk.of(certificate)
+        last = certificate.index if certificate.holds else walk.columns[-1]
+        counts = tuple(int(count) for count in evidence["exit_counts"][str(last)])
+        return cls(tuple(evidence["exit_layers"]), counts, walk.item, walk.steps)
 
     def plot(self, ax: Axes | None = None) -> Self:
         """Draw the share of tokens at every depth.
@@ -124,10 +134,12 @@ class ExitDepthDisplay:
         ax.bar_label(bars, labels=[_percent(share) for share in shares], padding=2)
         names = [str(layers) for layers in self.layers]
         ax.set_xticks(range(len(names)), [*names[:-1], f"{names[-1]}\n(full)"])
-        ax.set(xlabel="layers behind a token", ylabel="share of tokens")
+        article = "an" if self.item[:1] in "aeiou" else "a"
+        ax.set(xlabel=f"{self.steps} behind {article} {self.item}", ylabel=f"share of {self.item}s")
         ax.set_ylim(0, 1.15 * max(shares))
         ax.set_title(
-            f"{total:,} tokens, {self.mean_depth:.3g} layers on average", fontsize="medium"
+            f"{total:,} {self.item}s, {self.mean_depth:.3g} {self.steps} on average",
+            fontsize="medium",
         )
         return drawn(self, ax, {"bars": bars})
 
@@ -287,7 +299,8 @@ def _stages(output: AdaptiveOutput) -> Any:
 def _mark(text: str, colour: Sequence[int], title: str) -> str:
     red, green, blue = colour
     return (
-        f'<span style="background:rgb({red},{green},{blue});color:{ink_on(colour)}" '
+        f'<span style="background:rgb({red},{green},{blue});color:{ink_on(colour)};'
+        f'padding:.1em 0 .25em" '
         f'title="{escape(title)}">{escape(text)}</span>'
     )
 

@@ -100,7 +100,7 @@ class ReliabilityDisplay:
                 marker=MARKERS[exit % len(MARKERS)],
                 color=colour,
                 markersize=5,
-                label=f"exit {exit} (error {curve.error:.3f})",
+                label=f"exit {exit}, calibration error {curve.error:.3f}",
             )
         ax.set(
             xlabel="score, read as probability of agreement",
@@ -109,7 +109,13 @@ class ReliabilityDisplay:
             ylim=(-0.02, 1.02),
         )
         ax.set_aspect("equal")
-        ax.legend(loc="lower right", fontsize="small", frameon=False)
+        ax.legend(
+            title="shaded: 95% limits, over units",
+            title_fontsize="small",
+            loc="lower right",
+            fontsize="small",
+            frameon=False,
+        )
         return drawn(self, ax, artists)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
-from torch import distributed
+from torch import distributed, nn
 
 from adaptive.calibration import AdaptiveError
 
@@ -72,6 +72,14 @@ def from_first(compute: Callable[[], Value]) -> Value:
         raise error
     found: Value = value
     return found
+
+
+def take_first(module: nn.Module) -> None:
+    """Let every process hold the first one's weights, to the last digit."""
+    if _several():
+        module.load_state_dict(
+            from_first(lambda: {name: value.cpu() for name, value in module.state_dict().items()})
+        )
 
 
 def require_equal(facts: Mapping[str, Any]) -> None:

@@ -89,6 +89,11 @@ class EncoderStages(AbstractStages):
             found |= tokenizer_fingerprints(self.tokenizer)
         return found
 
+    @property
+    def steps(self) -> str:
+        """Layers of the encoder."""
+        return "layers"
+
     def depths(self, stages: NDArray[np.int64]) -> NDArray[np.float64]:
         """Count of layers run."""
         exits = () if self.exits is None else self.exits.layers

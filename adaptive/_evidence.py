@@ -11,7 +11,7 @@ import transformers
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 
-from adaptive.calibration import Certificate, InvalidArgumentError
+from adaptive.calibration import Certificate, DeltaLedger, InvalidArgumentError
 
 #: Shares of the units used to train exits (only if the model has none) and to choose the path.
 TRAIN_SHARE, FIT_SHARE = 0.3, 0.3
@@ -69,6 +69,12 @@ class Facts:
             versions=certificate.versions
             | {"torch": torch.__version__, "transformers": transformers.__version__},
         )
+
+
+def booked(ledger: DeltaLedger, delta: float, *, purpose: str, data: str) -> dict[str, Any]:
+    """Spend delta, and say what the account looks like then."""
+    entry = ledger.spend(delta, purpose=purpose, data=data)
+    return {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
 
 
 def parted(units: UnitsT, share: float, rng: int) -> tuple[UnitsT, UnitsT]:

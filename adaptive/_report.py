@@ -13,13 +13,14 @@ from markupsafe import Markup
 
 from adaptive._display import RiskPathDisplay
 from adaptive._display_depth import ExitDepthDisplay, TokenDepthDisplay
+from adaptive._display_walk import Walk
 from adaptive.calibration import Certificate, CertificateError
 from adaptive.calibration._extras import optional
 from adaptive.policies import Policy
 
 _TEMPLATE = Path(__file__).with_name("_report.html")
-#: Lists longer than this are counted, not shown: the whole certificate is at the end of the page.
-_LONGEST = 12
+#: Of lists longer than this the first few are shown: the whole certificate ends the page.
+_LONGEST, _FEW = 12, 3
 
 
 def calibration_report(policy: Policy, *, examples: Sequence[TokenDepthDisplay] = ()) -> str:
@@ -55,6 +56,7 @@ def calibration_report(policy: Policy, *, examples: Sequence[TokenDepthDisplay] 
         summary=_summary(policy, certificate),
         pictures=_pictures(certificate),
         members=_members(certificate),
+        walk=_walk(certificate),
         examples=[Markup(display.to_html()) for display in examples],  # escapes its text itself
         tables=[
             ("Decoding", _facts(certificate.decoding)),
@@ -78,22 +80,32 @@ def _summary(policy: Policy, certificate: Certificate) -> list[tuple[str, str]]:
         bounds = certificate.evidence.get("upper_bound") or {}
         rows += [(f"upper bound of {name}", f"{value:.4g}") for name, value in bounds.items()]
     if certificate.cost is not None:
-        rows.append(("measured cost", f"{1e3 * certificate.cost:.3g} ms per token"))
+        walk = _walk(certificate)
+        item = "token" if walk is None else walk.item
+        rows.append(("measured cost", f"{1e3 * certificate.cost:.3g} ms per {item}"))
     rows += [("rule", str(policy.rule)), ("score", str(policy.score)), ("mode", policy.mode)]
     return rows
 
 
 def _pictures(certificate: Certificate) -> list[tuple[Markup, str]]:
-    evidence = certificate.evidence
-    found = []
-    if evidence.get("columns") and "mean_depth" in evidence:
-        path = RiskPathDisplay.from_certificate(certificate)
-        found.append((_svg(path), "Risk on the test units, and cost, along the path."))
-    if any(map(sum, evidence.get("exit_counts", {}).values())):
+    walk = _walk(certificate)
+    if walk is None:
+        return []
+    path = RiskPathDisplay.from_certificate(certificate)
+    found = [(_svg(path), "Risk on the test units, and cost, along the path.")]
+    if any(map(sum, certificate.evidence.get("exit_counts", {}).values())):
         depth = ExitDepthDisplay.from_certificate(certificate)
-        run = "certified member" if certificate.holds else "last member tested"
-        found.append((_svg(depth), f"Where the tokens of the {run} stopped, in its test run."))
+        run = "member in use" if certificate.holds else "last member tested"
+        found.append(
+            (_svg(depth), f"Where the {walk.item}s of the {run} stopped, in its test run.")
+        )
     return found
+
+
+def _walk(certificate: Certificate) -> Walk | None:
+    """Members that one risk was tested on, if there are any."""
+    tested = certificate.evidence.get("columns") and not isinstance(certificate.risk, dict)
+    return Walk.of(certificate) if tested else None
 
 
 def _svg(display: RiskPathDisplay | ExitDepthDisplay) -> Markup:
@@ -110,36 +122,36 @@ def _svg(display: RiskPathDisplay | ExitDepthDisplay) -> Markup:
 
 def _members(certificate: Certificate) -> list[dict[str, Any]]:
     """One row per member the test visited; full computation first."""
-    evidence = certificate.evidence
-    if not evidence.get("columns"):
+    walk, evidence = _walk(certificate), certificate.evidence
+    if walk is None:
         return []
-    depth = evidence.get("mean_depth", {})
-    time = evidence.get("milliseconds_per_token", {})
-    means = evidence["means"].get(certificate.loss) or [math.nan] * len(evidence["columns"])
-
-    def row(column: int, **cells: str) -> dict[str, Any]:
-        name = str(column)
-        return cells | {
-            "name": name if column else "full",
-            "chosen": certificate.holds and column == certificate.index,
-            "depth": f"{depth[name]:.2f}" if name in depth else "–",
-            "time": f"{time[name]:.3g}" if name in time else "–",
-        }
-
-    rows = [row(0, mean="0", p="–", level="–", certified="by construction")]
-    visited = zip(
-        evidence["columns"], means, evidence["log_p_values"], evidence["levels"], strict=True
-    )
-    for column, mean, log_p, level in visited:
-        rows.append(
-            row(
-                int(column),
-                mean=f"{mean:.4f}",
-                p=f"{math.exp(log_p):.3g}",
-                level=f"{level:.3g}",
-                certified="yes" if column in evidence["certified"] else "no",
-            )
+    tests = dict(
+        zip(
+            map(int, evidence["columns"]),
+            zip(evidence["log_p_values"], evidence["levels"], strict=True),
+            strict=True,
         )
+    )
+    rows = []
+    for place, column in enumerate(walk.columns):
+        time = walk.times[place] if walk.times else None
+        cells = {
+            "name": str(column) if place else "full",
+            "chosen": certificate.holds and column == certificate.index,
+            "depth": f"{walk.depths[place]:.2f}" if walk.depths else "–",
+            "time": "–" if time is None else f"{time:.3g}",
+        }
+        if column in tests:
+            log_p, level = tests[column]
+            cells |= {
+                "mean": f"{walk.means[place]:.4f}",
+                "p": f"{math.exp(log_p):.3g}",
+                "level": f"{level:.3g}",
+                "certified": "yes" if walk.certified[place] else "no",
+            }
+        else:
+            cells |= {"mean": "0", "p": "–", "level": "–", "certified": "by construction"}
+        rows.append(cells)
     return rows
 
 
@@ -153,7 +165,8 @@ def _shown(value: Any) -> str:
         return ", ".join(f"{name}: {_shown(inner)}" for name, inner in value.items()) or "–"
     if isinstance(value, Iterable) and not isinstance(value, str):
         items = list(value)
-        shown = ", ".join(map(_shown, items[:_LONGEST]))
-        more = f", … ({len(items)} in all)" if len(items) > _LONGEST else ""
+        long = len(items) > _LONGEST
+        shown = ", ".join(map(_shown, items[: _FEW if long else _LONGEST]))
+        more = f", … ({len(items)} in all)" if long else ""
         return (shown + more) or "–"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -70,6 +70,11 @@ class AbstractStages(abc.ABC):
     def fingerprints(self) -> dict[str, str]:
         """Hash what tells it from others."""
 
+    @property
+    @abc.abstractmethod
+    def steps(self) -> str:
+        """What :meth:`depths` counts, in the plural."""
+
     @abc.abstractmethod
     def depths(self, stages: NDArray[np.int64]) -> NDArray[np.float64]:
         """Layers, or stages, that are run for an answer at each of ``stages``."""
@@ -139,6 +144,11 @@ class FunctionStages(AbstractStages):
             return {"model": model_fingerprint(self.module), "code": code}
         return {"model": code_fingerprint(self.function)}
 
+    @property
+    def steps(self) -> str:
+        """What the function yields."""
+        return "stages"
+
     def depths(self, stages: NDArray[np.int64]) -> NDArray[np.float64]:
         """Count of stages run."""
         return np.asarray(stages, dtype=np.float64) + 1.0
@@ -188,6 +198,11 @@ class CascadeStages(AbstractStages):
     def fingerprints(self) -> dict[str, str]:
         """Of every model, in order."""
         return {"model": "-".join(_fingerprint_of(model) for model in self.models)}
+
+    @property
+    def steps(self) -> str:
+        """Members of the cascade."""
+        return "models"
 
     def depths(self, stages: NDArray[np.int64]) -> NDArray[np.float64]:
         """Count of models passed."""

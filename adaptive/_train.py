@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._deployment import Deployment
-from adaptive._distributed import from_first, processes
+from adaptive._distributed import from_first, processes, take_first
 from adaptive._exits import Exits, ExitsRecord, attach_exits
 from adaptive._families import Readout
 from adaptive._fingerprint import tokens_hash
@@ -184,11 +184,11 @@ def train_exits(
 
 
 def _take_first(exits: Exits) -> None:
-    """Let every process hold the first one's weights, to the last digit."""
+    """Let every process hold the first one's weights and kept vocabulary."""
     if processes() > 1:
-        state = from_first(lambda: {k: value.cpu() for k, value in exits.state_dict().items()})
-        exits.kept = nn.Parameter(state["kept"].to(exits.kept.device), requires_grad=False)
-        exits.load_state_dict(state)
+        kept = from_first(exits.kept.cpu)
+        exits.kept = nn.Parameter(kept.to(exits.kept.device), requires_grad=False)
+        take_first(exits)
 
 
 class _Checkpoint:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._classifier_exits import ClassifierExits, untrained_exits
+from adaptive._distributed import take_first
 from adaptive._encoder_stages import EncoderStages
 from adaptive._encoders import EncoderRun, encoder_layers
 from adaptive._examples import Examples, read_examples
@@ -134,6 +135,7 @@ def train_classifier_exits(
         _log.info("exit %d agrees with the full model on %.3f", exit, agree.mean())
     settings = asdict(training) | {"rng": rng, "labels": units.labels is not None}
     exits.record = ExitsRecord(exits.record.model, units.ids, settings)
+    take_first(exits)
     return exits.attach(model)
 
 

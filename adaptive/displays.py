@@ -11,6 +11,7 @@ from __future__ import annotations
 from adaptive._display import RiskPathDisplay
 from adaptive._display_depth import ExitDepthDisplay, TokenDepthDisplay
 from adaptive._display_scores import ReliabilityDisplay, ScoreMixtureDisplay
+from adaptive._display_walk import Walk
 from adaptive._monitor_display import MonitorDisplay
 from adaptive._report import calibration_report
 
@@ -21,5 +22,6 @@ __all__ = [
     "RiskPathDisplay",
     "ScoreMixtureDisplay",
     "TokenDepthDisplay",
+    "Walk",
     "calibration_report",
 ]

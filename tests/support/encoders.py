@@ -17,6 +17,8 @@ from transformers import (
     RobertaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 
 CLASSES, LAYERS, VOCABULARY = 3, 4, 50
@@ -61,6 +63,11 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         _TEXT | {"embedding_size": 16, "num_hidden_groups": 2, "inner_group_num": 2},
     ),
     "roberta": (RobertaForSequenceClassification, RobertaConfig, _TEXT | {"pad_token_id": 1}),
+    "xlm-roberta": (
+        XLMRobertaForSequenceClassification,
+        XLMRobertaConfig,
+        _TEXT | {"pad_token_id": 1},
+    ),
     "distilbert": (DistilBertForSequenceClassification, DistilBertConfig, _DISTIL),
     "vit": (ViTForImageClassification, ViTConfig, _IMAGE),
 }

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from adaptive._executor import AbstractExecutor
 from adaptive._families import Readout, layers_of
+from adaptive._families._rope import check_length, longest_text
 from adaptive.calibration import UnsupportedError
 
 
@@ -81,6 +82,7 @@ class GenericExecutor(AbstractExecutor):
         self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
     ) -> None:
         """See :class:`AbstractExecutor`."""
+        check_length(longest_text(self.model), max_length)
         self._batch = batch_size
         self._padding = padding
         self._positions = positions

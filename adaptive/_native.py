@@ -1,10 +1,10 @@
-"""The native tier: our own forward pass for pre-norm, gated, rotary decoders (Llama and kin)."""
+"""The native tier: our own forward pass for pre-norm decoders, from a family's description."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,16 @@ from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor, attention_mask
 from adaptive._families import Readout, family_of, layers_of
+from adaptive._families._layer import (
+    AbstractNorm,
+    Attention,
+    Layer,
+    Matrix,
+    NotNativeError,
+    matrix,
+)
+from adaptive._families._rope import check_length, longest_text, rotary_of, unknown_scheme
 
-#: Rotary schemes whose tables do not depend on how long the text has grown.
-_FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 #: Above this many queries the group of a key head is not folded into the query rows.
 _FOLD_LIMIT = 64
 #: From 2 up to this many rows a product on a CPU is formed transposed, which reads the weights
@@ -28,21 +35,15 @@ _EVEN = 4
 _LARGE = 2**19
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Parameters of one layer; ``mixed`` aliases the model's own three matrices."""
+class _Reach(NamedTuple):
+    """What the queries of a run may see, for layers with the same window.
 
-    attention_norm: Tensor
-    mixed: Tensor
-    mixed_bias: Tensor | None
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
-    feedforward_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    Keys from slot ``low`` on; ``mask``, if there is one, is over these.
+    """
+
+    low: int
+    mask: Tensor | None
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,25 @@ class _Span:
     """Slots that one run covers, and what its layers share.
 
     Keys and values are written for ``first .. stop - 1``, queries asked for ``start .. stop - 1``;
-    ``waiting``, normalised without gain, are the tokens in between that have stopped.
+    ``waiting``, normalised without gain, are the tokens in between that have stopped. Tables and
+    reach are found under a layer's ``rope`` and ``window``.
     """
 
     first: int
     start: int
     stop: int
-    cos: Tensor
-    sin: Tensor
+    tables: dict[str | None, tuple[Tensor, Tensor]]
+    reach: dict[int | None, _Reach]
     waiting: Tensor | None
-    mask: Tensor | None
-    causal: bool
 
 
 class NativeExecutor(AbstractExecutor):
     """Preallocated keys and values, fused projections, one stacked product for skipped layers.
 
+    What the layers compute is written down by the family (:class:`adaptive._families.Native`).
+
     The query, key and value matrices of all layers live in one tensor, and so do the norms'
-    gains; the model's own parameters become views of them, same values, no second copy. So
+    parameters; the model's own parameters become views of them, same values, no second copy. So
     training or loading in place is seen here, and memory stays the model's own. (Gate and up
     projection stay apart: on a CPU one product of twice the width takes longer for several rows.)
     """
@@ -76,31 +78,39 @@ class NativeExecutor(AbstractExecutor):
         reason = why_not_native(model)
         if reason is not None:
             raise ValueError(f"no native tier for this model: {reason}")
-        config = model.config
+        native = family_of(model).native
+        assert native is not None
         modules = layers_of(model)
         self.layers = len(modules)
         self.readout = Readout(model)
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.eps = config.rms_norm_eps
-        self.scale = modules[0].self_attn.scaling
-        self.window = _window(model)
-        self._embedding = model.get_input_embeddings()
-        self._rotary = model.model.rotary_emb
-        mixed, mixed_bias = _stack_projections(modules)
-        queries = self.heads * self.head_width
-        self._kv = mixed[:, queries:]
-        self._thin = mixed.device.type == "cpu" and mixed.dtype == torch.float32
-        self._together = mixed.device.type == "cpu" and self._kv[0].nbytes >= _LARGE
-        self._kv_bias = None if mixed_bias is None else mixed_bias[:, queries:]
-        self._gains = _stack([[module.input_layernorm.weight] for module in modules])
-        norms: list[Any] = [getattr(module.self_attn, "k_norm", None) for module in modules]
-        self._key_gains = None if norms[0] is None else _stack([[norm.weight] for norm in norms])
-        self._blocks = [
-            _block(module, mixed[index], None if mixed_bias is None else mixed_bias[index])
-            for index, module in enumerate(modules)
+        self._layers = [
+            native.layer(module, index, model.config) for index, module in enumerate(modules)
         ]
+        attention = self._layers[0].attention
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.head_width, self.groups = attention.head_width, attention.groups
+        self._embed = native.embed(model)
+        self._rotary, self._longest = rotary_of(model), longest_text(model)
+        self._ropes = sorted({layer.attention.rope for layer in self._layers}, key=str)
+        self._rope_of = [self._ropes.index(layer.attention.rope) for layer in self._layers]
+        self._windows = {layer.attention.window for layer in self._layers}
+        self._capped = any(layer.attention.softcap is not None for layer in self._layers)
+        mixed = _stack_projections(self._layers)
+        self._mixed = [
+            Matrix(weight, None if mixed.bias is None else mixed.bias[index])
+            for index, weight in enumerate(mixed.weight)
+        ]
+        queries = self.heads * self.head_width // self.groups
+        self._kv = _by_group(mixed.weight, self.groups)[:, :, queries:]
+        self._kv_bias = (
+            None if mixed.bias is None else _by_group(mixed.bias, self.groups)[:, :, queries:]
+        )
+        self._norms = _stack_norms([layer.norm for layer in self._layers])
+        key_norms = [layer.attention.key_norm for layer in self._layers]
+        self._key_norms = _stack_norms([norm for norm in key_norms if norm is not None])
+        on_cpu = self._kv.device.type == "cpu"
+        self._thin = on_cpu and self._kv.dtype == torch.float32
+        self._together = on_cpu and self._kv[0].nbytes >= _LARGE
         self._addresses = _addresses(modules)
         self._modules = modules
 
@@ -112,24 +122,36 @@ class NativeExecutor(AbstractExecutor):
         self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
     ) -> None:
         """See :class:`AbstractExecutor`."""
+        check_length(self._longest, max_length)
         like = self._kv
         shape = (self.layers, batch_size, self.kv_heads, max_length, self.head_width)
         self._keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._length = [0] * self.layers
         self._padding = padding
-        rows = positions if padding is not None else positions[:1]
-        cos, sin = self._rotary(torch.empty(1, dtype=like.dtype, device=like.device), rows)
+        self._positions = positions
+        rows = positions[:1] if bool((positions == positions[:1]).all()) else positions
+        tables = [self._table(rope, rows) for rope in self._ropes]
+        self._cos, self._sin = (torch.stack(parts) for parts in zip(*tables, strict=True))
+        self._reach_key: tuple[int, int] | None = None
+
+    def _table(self, rope: str | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines ``[rows, 1, 1, slots, rotated]`` of one type of layers."""
+        like = torch.empty(1, dtype=self._kv.dtype, device=self._kv.device)
+        if self._rotary is None:
+            cos = sin = like.new_empty(*rows.shape, 0)
+        elif rope is None:
+            cos, sin = self._rotary(like, rows)
+        else:
+            cos, sin = self._rotary(like, rows, rope)
         half = cos.shape[-1] // 2
         # rotate_half(x) * sin == roll(x) * signed sin: one operation less per layer and token
         signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        self._cos, self._sin = cos[:, None], signed[:, None]
-        self._mask_key: tuple[int, int] | None = None
+        return cos[:, None, None], signed[:, None, None]
 
     def embed(self, tokens: Tensor, start: int) -> Tensor:
         """See :class:`AbstractExecutor`."""
-        hidden: Tensor = self._embedding(tokens)
-        return hidden
+        return self._embed(tokens, self._positions[:, start : start + tokens.shape[1]])
 
     def run(
         self,
@@ -146,22 +168,18 @@ class NativeExecutor(AbstractExecutor):
         if waiting is not None:
             first -= waiting.shape[1]
             if self._together:
-                waiting = F.rms_norm(waiting, waiting.shape[-1:], None, self.eps)
+                waiting = self._layers[low].norm.bare(waiting)
             else:
                 self.fill(low, high, waiting, first)
                 first, waiting = start, None
-        span = _Span(
-            first,
-            start,
-            stop,
-            self._cos[:, :, first:stop],
-            self._sin[:, :, first:stop],
-            waiting,
-            *self._attention(start, stop - start),
-        )
+        tables = {
+            rope: (cos[:, :, :, first:stop], sin[:, :, :, first:stop])
+            for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
+        }
+        span = _Span(first, start, stop, tables, self._reaches(start, stop), waiting)
         kept = None if frozen is None else frozen[:, None, None]
         for index in range(low, high):
-            output = self._layer(index, hidden, span)
+            output = self._run_layer(index, hidden, span)
             hidden = output if kept is None else torch.where(kept, hidden, output)
             self._length[index] = stop
         return hidden
@@ -169,31 +187,32 @@ class NativeExecutor(AbstractExecutor):
     def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
         """See :class:`AbstractExecutor`: all skipped layers in one product over stacked weights.
 
-        Every skipped layer sees the same hidden state, so its norm differs by the gain alone and
-        all projections are one batched product.
+        Every skipped layer sees the same hidden state, so its norm differs by its own parameters
+        alone and all projections are one batched product.
         """
         batch, count, width = hidden.shape
-        stop = start + count
-        normed = F.rms_norm(hidden, (width,), None, self.eps).reshape(1, batch * count, width)
-        normed = normed * self._gains[low:high, None]
+        stop, span = start + count, high - low
+        assert self._norms is not None
+        bare = self._norms.bare(hidden).reshape(1, batch * count, width)
+        normed = _part(self._norms, low, high, axes=1).finish(bare)[:, None]
         weights = self._kv[low:high]
         if self._thin and batch * count <= _THIN:
-            both = torch.bmm(weights, normed.transpose(1, 2)).transpose(1, 2)
+            both = torch.matmul(weights, normed.transpose(2, 3)).transpose(2, 3)
         else:
-            both = torch.bmm(normed, weights.transpose(1, 2))
+            both = torch.matmul(normed, weights.transpose(2, 3))
         if self._kv_bias is not None:
-            both = both + self._kv_bias[low:high, None]
-        both = both.reshape(high - low, batch, count, 2, self.kv_heads, self.head_width)
-        keys = both[:, :, :, 0]
-        if self._key_gains is not None:
-            keys = F.rms_norm(keys, (self.head_width,), None, self.eps)
-            keys = keys * self._key_gains[low:high, None, None, None]
-        keys = _rotate(
-            keys.transpose(2, 3), self._cos[:, :, start:stop], self._sin[:, :, start:stop]
-        )
-        self._keys[low:high, :, :, start:stop] = keys
-        self._values[low:high, :, :, start:stop] = both[:, :, :, 1].transpose(2, 3)
-        self._length[low:high] = [stop] * (high - low)
+            both = both + self._kv_bias[low:high, :, None]
+        both = both.reshape(span, self.groups, batch, count, 2, -1, self.head_width)
+        keys, values = both.permute(4, 0, 2, 1, 5, 3, 6)
+        if self._key_norms is not None:
+            norm = _part(self._key_norms, low, high, axes=4)
+            keys = norm.finish(norm.bare(keys))
+        ropes = self._rope_of[low:high] if len(self._ropes) > 1 else [0]
+        cos, sin = self._cos[ropes, ..., start:stop, :], self._sin[ropes, ..., start:stop, :]
+        shape = (span, batch, self.kv_heads, count, self.head_width)
+        self._keys[low:high, :, :, start:stop] = _rotate(keys, cos, sin).reshape(shape)
+        self._values[low:high, :, :, start:stop] = values.reshape(shape)
+        self._length[low:high] = [stop] * span
 
     def truncate(self, length: int) -> None:
         """See :class:`AbstractExecutor`: later slots are overwritten before they are read."""
@@ -209,168 +228,205 @@ class NativeExecutor(AbstractExecutor):
         del self._keys, self._values, self._cos, self._sin
         self._padding = None
 
-    def _attention(self, start: int, count: int) -> tuple[Tensor | None, bool]:
-        """Mask and causal flag for a range of queries, shared by the layers of a run."""
-        if self._mask_key != (start, count):
-            self._mask_key = (start, count)
-            plain = self._padding is None and (self.window is None or start + count <= self.window)
-            self._causal = plain and start == 0 and count > 1
-            self._mask = (
-                None
-                if self._causal
-                else attention_mask(
-                    self._padding,
-                    start=start,
-                    count=count,
-                    window=self.window,
-                    device=self._keys.device,
-                )
-            )
-        return self._mask, self._causal
+    def _reaches(self, start: int, stop: int) -> dict[int | None, _Reach]:
+        """Say what queries ``start .. stop - 1`` may see; the runs of one token share it."""
+        if self._reach_key != (start, stop):
+            self._reach_key = (start, stop)
+            self._reach = {window: self._look(start, stop, window) for window in self._windows}
+        return self._reach
 
-    def _layer(self, index: int, hidden: Tensor, span: _Span) -> Tensor:
+    def _look(self, start: int, stop: int, window: int | None) -> _Reach:
+        count = stop - start
+        inside = window is None or stop <= window
+        plain = self._padding is None and inside and not self._capped
+        if plain and start == 0 and count > 1:
+            return _Reach(0, None, True)
+        low = 0 if window is None else max(0, start + 1 - window)
+        if self._padding is None and count == 1:
+            return _Reach(low, None, False)
+        mask = attention_mask(
+            self._padding, start=start, count=count, window=window, device=self._keys.device
+        )
+        return _Reach(low, None if mask is None else mask[..., low:], False)
+
+    def _run_layer(self, index: int, hidden: Tensor, span: _Span) -> Tensor:
         """One decoder layer over ``hidden [batch, n, width]``."""
-        block = self._blocks[index]
-        shape = hidden.shape[-1:]
-        normed = F.rms_norm(hidden, shape, block.attention_norm, self.eps)
+        layer = self._layers[index]
+        normed = layer.norm(hidden)
         if span.waiting is None:
             query = self._project(index, normed, span)
         else:
             query = self._project_waiting(index, normed, span, span.waiting)
-        attended = self._attend(index, query, span)
-        hidden = hidden + self._product(attended, block.output, block.output_bias)
-        normed = F.rms_norm(hidden, shape, block.feedforward_norm, self.eps)
-        gated = F.silu(self._product(normed, block.gate)) * self._product(normed, block.up)
-        return hidden + F.linear(gated, block.down)
+        added = self._product(self._attend(index, query, span), layer.attention.output)
+        if layer.attention_post is not None:
+            added = layer.attention_post(added)
+        after = hidden + added
+        if layer.feedforward_norm is not None:
+            normed = layer.feedforward_norm(hidden if layer.parallel else after)
+        added = layer.feedforward(self._product, normed)
+        if layer.feedforward_post is not None:
+            added = layer.feedforward_post(added)
+        return after + added
 
     def _project(self, index: int, normed: Tensor, span: _Span) -> Tensor:
         """Write keys and values; return queries ``[batch, heads, n, head width]``."""
-        block = self._blocks[index]
-        mixed = self._heads(self._product(normed, block.mixed, block.mixed_bias))
-        heads, rotated = self.heads, self.heads + self.kv_heads
-        turned = mixed[:, :, :rotated]
-        if block.query_norm is not None:
-            query = F.rms_norm(mixed[:, :, :heads], (self.head_width,), block.query_norm, self.eps)
-            key = F.rms_norm(turned[:, :, heads:], (self.head_width,), block.key_norm, self.eps)
-            turned = torch.cat((query, key), dim=2)
-        turned = _rotate(turned.transpose(1, 2), span.cos, span.sin)
-        self._keys[index, :, :, span.start : span.stop] = turned[:, heads:]
-        self._values[index, :, :, span.start : span.stop] = mixed[:, :, rotated:].transpose(1, 2)
-        return turned[:, :heads]
+        attention = self._layers[index].attention
+        mixed = self._heads(self._product(normed, self._mixed[index]))
+        queries = self.heads // self.groups
+        rotated = queries + self.kv_heads // self.groups
+        turned = mixed[:, :, :, :rotated]
+        if attention.query_norm is not None and attention.key_norm is not None:
+            query = attention.query_norm(turned[:, :, :, :queries])
+            turned = torch.cat((query, attention.key_norm(turned[:, :, :, queries:])), dim=3)
+        turned = _rotate(turned.permute(0, 2, 3, 1, 4), *span.tables[attention.rope])
+        self._write(index, turned[:, :, queries:], mixed[:, :, :, rotated:], span)
+        return self._merged(turned[:, :, :queries])
 
     def _project_waiting(self, index: int, normed: Tensor, span: _Span, waiting: Tensor) -> Tensor:
         """Like ``_project``; waiting tokens get keys and values from the same read of the weights.
 
         Only the newest tokens have queries.
         """
-        block = self._blocks[index]
-        queries = self.heads * self.head_width
-        weight, bias = block.mixed, block.mixed_bias
-        query_bias, kv_bias = (None, None) if bias is None else (bias[:queries], bias[queries:])
-        query = self._heads(self._product(normed, weight[:queries], query_bias))
-        normed = torch.cat((waiting * block.attention_norm, normed), dim=1)
-        both = self._heads(self._product(normed, weight[queries:], kv_bias))
-        keys, values = both[:, :, : self.kv_heads], both[:, :, self.kv_heads :]
-        if block.query_norm is not None:
-            query = F.rms_norm(query, (self.head_width,), block.query_norm, self.eps)
-            keys = F.rms_norm(keys, (self.head_width,), block.key_norm, self.eps)
-        self._keys[index, :, :, span.first : span.stop] = _rotate(
-            keys.transpose(1, 2), span.cos, span.sin
-        )
-        self._values[index, :, :, span.first : span.stop] = values.transpose(1, 2)
+        layer, attention = self._layers[index], self._layers[index].attention
+        query, both = self._queries_apart(index, layer.norm.finish(waiting), normed)
+        own = self.kv_heads // self.groups
+        keys = both[:, :, :, :own]
+        if attention.query_norm is not None and attention.key_norm is not None:
+            query, keys = attention.query_norm(query), attention.key_norm(keys)
+        cos, sin = span.tables[attention.rope]
+        turned = _rotate(keys.permute(0, 2, 3, 1, 4), cos, sin)
+        self._write(index, turned, both[:, :, :, own:], span)
         late = span.start - span.first
-        return _rotate(query.transpose(1, 2), span.cos[:, :, late:], span.sin[:, :, late:])
+        query = query.permute(0, 2, 3, 1, 4)
+        return self._merged(_rotate(query, cos[:, :, :, late:], sin[:, :, :, late:]))
+
+    def _queries_apart(self, index: int, waiting: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Query heads of ``normed``, and key and value heads of ``waiting`` and ``normed``."""
+        weight, bias = self._mixed[index]
+        every = torch.cat((waiting, normed), dim=1)
+        if self.groups > 1:  # rows of queries are not next to each other
+            mixed = self._heads(self._product(every, self._mixed[index]))
+            queries = self.heads // self.groups
+            return mixed[:, waiting.shape[1] :, :, :queries], mixed[:, :, :, queries:]
+        rows = self.heads * self.head_width
+        query_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+        query = self._product(normed, Matrix(weight[:rows], query_bias))
+        both = self._product(every, Matrix(weight[rows:], kv_bias))
+        return self._heads(query), self._heads(both)
 
     def _heads(self, states: Tensor) -> Tensor:
-        """``[batch, n, heads * head width]`` to ``[batch, n, heads, head width]``."""
-        return states.view(*states.shape[:2], -1, self.head_width)
+        """``[batch, n, rows]`` to ``[batch, n, groups, heads of a group, head width]``."""
+        return states.view(*states.shape[:2], self.groups, -1, self.head_width)
 
-    def _product(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _merged(self, states: Tensor) -> Tensor:
+        """``[batch, groups, heads of a group, n, head width]`` to ``[batch, heads, n, ...]``."""
+        batch, _, _, count, width = states.shape
+        return states.reshape(batch, -1, count, width)
+
+    def _write(self, index: int, keys: Tensor, values: Tensor, span: _Span) -> None:
+        """Keep keys as rotated, ``[batch, groups, heads, n, width]``, and values as projected."""
+        self._keys[index, :, :, span.first : span.stop] = self._merged(keys)
+        self._values[index, :, :, span.first : span.stop] = values.flatten(2, 3).transpose(1, 2)
+
+    def _product(self, states: Tensor, by: Matrix) -> Tensor:
         """``F.linear``, in the form that reads the weights once for a few rows on a CPU."""
         batch, count, width = states.shape
         if not self._thin or not 1 < batch * count <= _THIN:
-            return F.linear(states, weight, bias)
+            return F.linear(states, by.weight, by.bias)
         rows = states.reshape(batch * count, width).contiguous()
         if batch * count < _EVEN:
             rows = F.pad(rows, (0, 0, 0, _EVEN - batch * count))
-        turned = torch.mm(weight, rows.T).T[: batch * count]
-        turned = turned if bias is None else turned + bias
+        turned = torch.mm(by.weight, rows.T).T[: batch * count]
+        turned = turned if by.bias is None else turned + by.bias
         return turned.reshape(batch, count, -1)
 
     def _attend(self, index: int, query: Tensor, span: _Span) -> Tensor:
-        """Attention of ``query [batch, heads, n, head width]`` over all slots up to the newest."""
+        """Attention of ``query [batch, heads, n, head width]`` over the slots in reach."""
         batch, heads, count, width = query.shape
-        keys = self._keys[index, :, :, : span.stop]
-        values = self._values[index, :, :, : span.stop]
-        mask, causal = span.mask, span.causal
+        attention = self._layers[index].attention
+        low, mask, causal = span.reach[attention.window]
+        keys = self._keys[index, :, :, low : span.stop]
+        values = self._values[index, :, :, low : span.stop]
         groups = heads // self.kv_heads
-        if causal or count > _FOLD_LIMIT:
+        if attention.softcap is None and (causal or count > _FOLD_LIMIT):
             attended = F.scaled_dot_product_attention(
-                query, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=groups > 1
+                query,
+                keys,
+                values,
+                mask,
+                is_causal=causal,
+                scale=attention.scale,
+                enable_gqa=groups > 1,
             )
         else:
             # queries that share a key head become rows of one product: keys are read once
             folded = query.reshape(batch, self.kv_heads, groups * count, width)
             if mask is not None and count > 1 and groups > 1:
                 mask = mask.repeat(1, 1, groups, 1)
-            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=self.scale)
+            if attention.softcap is None:
+                attended = F.scaled_dot_product_attention(
+                    folded, keys, values, mask, scale=attention.scale
+                )
+            else:
+                attended = _capped_attention(folded, keys, values, mask, attention)
             attended = attended.view(batch, heads, count, width)
         return attended.transpose(1, 2).reshape(batch, count, heads * width)
 
 
 def why_not_native(model: PreTrainedModel) -> str | None:
     """Return why a model cannot run on the native tier, or ``None`` if it can."""
-    family = family_of(model)
-    if not family.native:
+    native = family_of(model).native
+    if native is None:
         return f"family {model.config.model_type!r} runs on the generic tier"
-    if getattr(model.config, "hidden_act", "silu") != "silu":
-        return f"activation {model.config.hidden_act!r} is not silu"
-    if getattr(model.model.rotary_emb, "rope_type", "default") not in _FIXED_ROPE:
-        return (
-            f"rotary scheme {model.model.rotary_emb.rope_type!r} depends on the length of the text"
-        )
+    reason = native.refuse(model.config)
+    if reason is not None:
+        return reason
+    scheme = unknown_scheme(model)
+    if scheme is not None:
+        return f"rotary scheme {scheme!r} is not known"
     if getattr(model, "hf_device_map", None):
         return "the model is sharded over devices"
     parameters = list(model.parameters())
     if len({(parameter.device, parameter.dtype) for parameter in parameters}) != 1:
         return "parameters are on several devices or of several dtypes"
     for index, module in enumerate(layers_of(model)):
-        linears = [
-            getattr(module.self_attn, name, None)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        ]
-        linears += [
-            getattr(module.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")
-        ]
-        if any(type(linear) is not nn.Linear for linear in linears):
-            return f"layer {index} has projections that are quantised or wrapped"
-        if any(getattr(linear, "bias", None) is not None for linear in linears[4:]):
-            return f"layer {index} has biases in its feed-forward part"
         if _hooked(module):
             return f"layer {index} carries hooks"
-    if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
-        return "layers mix full and sliding attention"
+        try:
+            layer = native.layer(module, index, model.config)
+            for projection in layer.attention.projections:
+                matrix(projection)
+        except NotNativeError as error:
+            return f"layer {index} has {error}"
+        except AttributeError as error:
+            return f"layer {index} is not built as its family's layers are: {error}"
     return None
 
 
-def _window(model: PreTrainedModel) -> int | None:
-    """Width of the sliding window, if the layers have one."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds == {"full_attention"} or (
-        not kinds and not getattr(config, "use_sliding_window", True)
-    ):
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
+def _capped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, attention: Attention
+) -> Tensor:
+    """Attention whose scaled products are bounded by ``c tanh(s / c)`` before the mask."""
+    cap = attention.softcap
+    assert cap is not None
+    scores = query @ keys.transpose(-1, -2) * (attention.scale / cap)
+    scores = scores.tanh() * cap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``states [..., heads, n, head width]``; the sign is folded into ``sin``."""
-    return torch.addcmul(states * cos, torch.roll(states, states.shape[-1] // 2, dims=-1), sin)
+    """Rotate the first entries of ``states [..., n, head width]``; ``sin`` carries the sign."""
+    width = cos.shape[-1]
+    if width == 0:
+        return states
+    if width < states.shape[-1]:
+        return torch.cat((_rotate(states[..., :width], cos, sin), states[..., width:]), dim=-1)
+    return torch.addcmul(states * cos, torch.roll(states, width // 2, dims=-1), sin)
 
 
-def _stack(layers: list[list[nn.Parameter]]) -> Tensor:
+def _stack(layers: list[list[Tensor]]) -> Tensor:
     """Pack the parameters of every layer into one tensor ``[layers, rows, ...]``.
 
     The parameters become views of it, values unchanged.
@@ -388,34 +444,35 @@ def _stack(layers: list[list[nn.Parameter]]) -> Tensor:
     return stacked
 
 
-def _stack_projections(modules: list[Any]) -> tuple[Tensor, Tensor | None]:
+def _stack_projections(layers: list[Layer]) -> Matrix:
     """Query, key and value weights of all layers, ``[layers, rows, width]``, and their biases."""
-    linears = [
-        (attention.q_proj, attention.k_proj, attention.v_proj)
-        for attention in (module.self_attn for module in modules)
-    ]
-    weights = _stack([[linear.weight for linear in three] for three in linears])
-    if linears[0][0].bias is None:
-        return weights, None
-    return weights, _stack([[linear.bias for linear in three] for three in linears])
+    modules: list[tuple[Any, ...]] = [layer.attention.projections for layer in layers]
+    first = modules[0][0]
+    weights = _stack([[module.weight for module in own] for own in modules])
+    if type(first) is not nn.Linear:  # kept transposed
+        weights = weights.transpose(1, 2)
+    if first.bias is None:
+        return Matrix(weights, None)
+    return Matrix(weights, _stack([[module.bias for module in own] for own in modules]))
 
 
-def _block(module: Any, mixed: Tensor, mixed_bias: Tensor | None) -> _Layer:
-    attention, feedforward = module.self_attn, module.mlp
-    query_norm = getattr(attention, "q_norm", None)
-    key_norm = getattr(attention, "k_norm", None)
-    return _Layer(
-        attention_norm=module.input_layernorm.weight,
-        mixed=mixed,
-        mixed_bias=mixed_bias,
-        query_norm=None if query_norm is None else query_norm.weight,
-        key_norm=None if key_norm is None else key_norm.weight,
-        output=attention.o_proj.weight,
-        output_bias=attention.o_proj.bias,
-        feedforward_norm=module.post_attention_layernorm.weight,
-        gate=feedforward.gate_proj.weight,
-        up=feedforward.up_proj.weight,
-        down=feedforward.down_proj.weight,
+def _by_group(stacked: Tensor, groups: int) -> Tensor:
+    """``[layers, rows, ...]`` to ``[layers, groups, rows of a group, ...]``."""
+    return stacked.unflatten(1, (groups, -1))
+
+
+def _stack_norms(norms: list[AbstractNorm]) -> AbstractNorm | None:
+    """One norm with the parameters of all layers, ``[layers, width]``, if there are any."""
+    if not norms:
+        return None
+    columns = zip(*(norm.parameters for norm in norms), strict=True)
+    return norms[0].holding(tuple(_stack([[value] for value in column]) for column in columns))
+
+
+def _part(norms: AbstractNorm, low: int, high: int, *, axes: int) -> AbstractNorm:
+    """Layers ``low .. high - 1`` of stacked norms, for states with ``axes`` axes in between."""
+    return norms.holding(
+        tuple(value[low:high].view(high - low, *(1,) * axes, -1) for value in norms.parameters)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,24 +24,34 @@ from transformers import (
 
 from adaptive import UnsupportedError, _native, attach_exits, generate
 from adaptive._executor import AbstractExecutor
+from adaptive._families import _registry, family_of, layers_of
+from adaptive._families._layer import Layer, RootMeanSquare
 from adaptive._generic import GenericExecutor
 from adaptive._native import NativeExecutor
 from adaptive._output import AdaptiveOutput
+from adaptive._stack import ExactStack
 from adaptive._tier import executor_for, forget
 from adaptive.policies import Mode
 
-ROWS = [(name, tier) for name in helpers.MODELS for tier in ("native", "generic")]
-ROWS = [(name, tier) for name, tier in ROWS if tier == "generic" or name in helpers.NATIVE]
+MAIN = [name for name in helpers.MODELS if name not in helpers.VARIANTS]
+ROWS = [(name, "native") for name in helpers.NATIVE] + [(name, "generic") for name in MAIN]
 MODES: tuple[Mode, ...] = ("exact", "propagate", "verify")
 NEW = 10
 
 rows = pytest.mark.parametrize(("name", "tier"), ROWS, ids=["-".join(row) for row in ROWS])
 few = pytest.mark.parametrize(
     ("name", "tier"),
-    [("llama", "native"), ("qwen3", "generic"), ("gemma2", "generic"), ("gpt2", "generic")],
+    [
+        ("llama", "native"),
+        ("gemma2", "native"),
+        ("gpt-neox", "native"),
+        ("gemma2", "generic"),
+        ("gpt2", "generic"),
+    ],
 )
 modes = pytest.mark.parametrize("mode", MODES)
-families = pytest.mark.parametrize("name", helpers.MODELS)
+families = pytest.mark.parametrize("name", MAIN)
+natives = pytest.mark.parametrize("name", helpers.NATIVE)
 
 
 def _plain(model: PreTrainedModel, ids: Tensor, mask: Tensor, **settings: Any) -> Any:
@@ -180,7 +192,7 @@ def test_propagate_is_the_slow_reference(name: str, tier: Any) -> None:
     _propagates_slowly(helpers.shared(name), tier)
 
 
-@pytest.mark.parametrize("name", helpers.NATIVE)
+@natives
 def test_waiting_tokens_may_share_a_read_of_the_weights(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,10 +225,102 @@ def _propagates_slowly(model: PreTrainedModel, tier: Any) -> None:
     assert len(ours.exit_stages[:, 1:].unique()) >= 3
 
 
+# -- long texts: past every window, in chunks, under every rotary scheme ---------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("chunk", [16, 70, 200])
+@pytest.mark.parametrize(
+    "name", ["mistral-window", "qwen2-window", "phi3-window", "gemma2", "gemma3", "gpt-neox"]
+)
+@torch.no_grad()
+def test_long_prompts_in_chunks(name: str, chunk: int, padded: bool) -> None:
+    model = helpers.shared(name)
+    ids, mask = helpers.prompts((150, 90) if padded else (150, 150))
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    _, theirs = helpers.own_cache(model, ids, mask)
+    executor = executor_for(model, tier="native")
+    executor.begin(
+        batch_size=2,
+        max_length=150,
+        padding=mask == 0 if padded else None,
+        positions=positions,
+    )
+    ours = executor.readout(ExactStack(executor, ()).prefill(ids, chunk=chunk))
+    executor.end()
+    torch.testing.assert_close(ours, theirs[:, -1], atol=2e-5, rtol=2e-5)
+
+
+_ORIGINAL = {"original_max_position_embeddings": 40, "rope_theta": 10000.0}
+_HALF = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+_SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
+    "llama3": (
+        "llama",
+        _ORIGINAL
+        | {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    ),
+    "yarn": ("qwen3", _ORIGINAL | {"rope_type": "yarn", "factor": 4.0}),
+    "dynamic": ("phi", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
+    "longrope": ("phi3", _ORIGINAL | _HALF | {"rope_type": "longrope"}),
+    "by-layer": (
+        "gemma3",
+        {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+}
+
+
+def _scheme(scheme: str) -> PreTrainedModel:
+    name, parameters = _SCHEMES[scheme]
+    lengths = {"max_position_embeddings": 40, "original_max_position_embeddings": 40}
+    return helpers.tiny(name, rope_parameters=parameters, **lengths)
+
+
+@pytest.mark.parametrize("scheme", _SCHEMES)
+def test_rotary_schemes(scheme: str) -> None:
+    model = _scheme(scheme)
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask)
+    ours = _ours(model, ids, mask, policy=helpers.never("exact"), tier="native")
+    assert torch.equal(ours.sequences, plain.sequences)
+    both = [
+        _ours(model, ids, mask, policy=helpers.mixed(model, "propagate"), tier=tier)
+        for tier in ("native", "generic")
+    ]
+    assert torch.equal(both[0].sequences, both[1].sequences)
+    assert torch.equal(both[0].exit_stages, both[1].exit_stages)
+
+
+@pytest.mark.parametrize("tier", ["native", "generic"])
+@pytest.mark.parametrize("scheme", ["dynamic", "longrope"])
+def test_tables_that_would_change_are_refused_by_name(scheme: str, tier: Any) -> None:
+    model = _scheme(scheme)
+    ids, mask = helpers.prompts((30,))
+    _ours(model, ids, mask, policy=helpers.never("exact"), tier=tier, max_new_tokens=9)
+    with pytest.raises(UnsupportedError, match=r"rotary tables change after (39|40) tokens"):
+        _ours(model, ids, mask, policy=helpers.never("exact"), tier=tier, max_new_tokens=11)
+
+
+def test_an_unknown_rotary_scheme_is_refused_by_name() -> None:
+    model = helpers.tiny("llama")
+    model.model.rotary_emb.rope_type = "spiral"
+    with pytest.raises(UnsupportedError, match="rotary scheme 'spiral' is not known"):
+        executor_for(model, tier="native")
+    assert isinstance(executor_for(model), GenericExecutor)
+
+
 # -- both tiers, any batch, any inbox -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", helpers.NATIVE)
+@natives
 @modes
 def test_tiers_are_equal(name: str, mode: Mode) -> None:
     model = helpers.shared(name)
@@ -288,6 +392,17 @@ def _alone_and_together(name: str, mode: Mode, lengths: tuple[int, ...], *, samp
             rtol=1e-4,
             equal_nan=True,
         )
+
+
+@natives
+@pytest.mark.parametrize("rows", [1, 8])
+def test_ragged_batches_are_plain_generate(name: str, rows: int) -> None:
+    model = helpers.shared(name)
+    ids, mask = helpers.prompts((1, 11, 3, 7, 10, 9, 5, 8)[-rows:])
+    plain = _plain(model, ids, mask)
+    for mode in MODES:
+        ours = _ours(model, ids, mask, policy=helpers.never(mode), tier="native")
+        assert torch.equal(ours.sequences, plain.sequences)
 
 
 @few
@@ -388,21 +503,113 @@ def test_self_check_chooses_the_tier(name: str) -> None:
     assert type(executor_for(helpers.shared(name))) is kind
 
 
-@pytest.mark.parametrize("name", [name for name in helpers.MODELS if name not in helpers.NATIVE])
-def test_native_tier_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="tier='native'"):
-        executor_for(helpers.shared(name), tier="native")
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("opt-post-norm", {}, "`do_layer_norm_before=False`"),
+        ("gemma2", {"_attn_implementation": "sdpa"}, "'sdpa' does not apply"),
+        ("gemma3", {"use_bidirectional_attention": True}, "attention looks ahead"),
+    ],
+)
+def test_native_tier_is_refused_by_name(name: str, changes: dict[str, Any], reason: str) -> None:
+    model = helpers.tiny(name)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    with pytest.raises(UnsupportedError, match=f"`tier='native'` is not possible: .*{reason}"):
+        executor_for(model, tier="native")
+    assert isinstance(executor_for(model), GenericExecutor)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def _attending(layer: Layer, **changes: Any) -> Layer:
+    return replace(layer, attention=replace(layer.attention, **changes))
+
+
+#: One fact of each family told wrong: (row, the fact, what is made of its layers).
+WRONG: list[tuple[str, str, Callable[[Layer], Layer]]] = [
+    ("llama", "scale", lambda layer: _attending(layer, scale=layer.attention.scale * 1.1)),
+    ("qwen3", "norm of keys", lambda layer: _attending(layer, query_norm=None, key_norm=None)),
+    (
+        "phi",
+        "side by side",
+        lambda layer: replace(layer, feedforward_norm=layer.norm, parallel=False),
+    ),
+    (
+        "phi3",
+        "activation",
+        lambda layer: replace(layer, feedforward=replace(layer.feedforward, activation=torch.relu)),
+    ),
+    (
+        "gemma",
+        "gain of norms",
+        lambda layer: replace(layer, norm=RootMeanSquare(layer.norm.gain, layer.norm.eps)),
+    ),
+    ("gemma2", "cap", lambda layer: _attending(layer, softcap=None)),
+    ("gemma2", "norms behind", lambda layer: replace(layer, attention_post=None)),
+    ("gemma3", "local tables", lambda layer: _attending(layer, rope="full_attention")),
+    ("gpt2-scaled", "scale", lambda layer: _attending(layer, scale=8**-0.5)),
+    ("opt", "norms", lambda layer: replace(layer, feedforward_norm=layer.norm)),
+    ("gpt-neox", "side by side", lambda layer: replace(layer, parallel=False)),
+    ("gpt-neox", "order of rows", lambda layer: _attending(layer, groups=1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [row[::2] for row in WRONG], ids=["-".join(row[:2]) for row in WRONG]
+)
+def test_a_wrong_description_falls_back(
+    name: str,
+    change: Callable[[Layer], Layer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = helpers.tiny(name)
+    family = family_of(model)
+    right = family.native
+    assert right is not None
+    wrong = replace(right, layer=lambda *where: change(right.layer(*where)))
+    monkeypatch.setattr(_registry, "FAMILIES", (replace(family, native=wrong),))
+    assert isinstance(executor_for(model), GenericExecutor)
+    assert "its logits differ from the model's own" in caplog.text
+    with pytest.raises(UnsupportedError, match="its logits differ from the model's own"):
+        executor_for(model, tier="native")
+    monkeypatch.undo()
+    forget(model)
+    assert isinstance(executor_for(model), NativeExecutor)  # and the true one is taken
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_wrong_positions_fall_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.tiny(name)
+    family = family_of(model)
+    right = family.native
+    assert right is not None
+    embed = right.embed(model)
+    wrong = replace(right, embed=lambda _: lambda tokens, positions: embed(tokens, positions + 1))
+    monkeypatch.setattr(_registry, "FAMILIES", (replace(family, native=wrong),))
+    assert isinstance(executor_for(model), GenericExecutor)
+
+
+def test_layers_built_otherwise_are_refused_by_name() -> None:
+    model = helpers.tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.query = layer.self_attn.q_proj
+        del layer.self_attn.q_proj
+    with pytest.raises(UnsupportedError, match="layer 0 is not built as its family's layers are"):
+        executor_for(model, tier="native")
+    assert isinstance(executor_for(model), GenericExecutor)
+
+
+@natives
 def test_changed_mathematics_fall_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = helpers.tiny(name)
-    attention = type(model.model.layers[0].self_attn)
+    first = next(iter(layers_of(model)))
+    parts = (getattr(first, path, None) for path in ("self_attn", "attn", "attention"))
+    attention = next(type(part) for part in parts if part is not None)
     original = attention.forward
 
     def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
         output, *rest = original(self, *args, **kwargs)
-        return (output * 1.5, *rest)
+        return (output.roll(1, dims=-1), *rest)
 
     monkeypatch.setattr(attention, "forward", scaled)
     executor: AbstractExecutor = executor_for(model)
@@ -440,7 +647,7 @@ def test_weights_changed_in_place_are_seen(name: str) -> None:
     forget(model)
 
 
-@pytest.mark.parametrize("name", helpers.NATIVE)
+@natives
 def test_packed_models_are_still_ordinary_models(name: str, tmp_path: Path) -> None:
     model = helpers.tiny(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}

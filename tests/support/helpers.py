@@ -37,7 +37,28 @@ _LLAMA = {
     "pad_token_id": 0,
 }
 _GEMMA = _LLAMA | {"head_dim": 8, "tie_word_embeddings": False}
+#: Caps and a window so small that they matter.
+_GEMMA2 = _GEMMA | {
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 6,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 5.0,
+}
 _OLD = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+
+_OPT = _OLD | {"ffn_dim": 48, "init_std": 0.25, "word_embed_proj_dim": 32}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 2048,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 
 #: Name of a row -> class prefix in transformers, changes to the configuration, config class.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,37 +74,47 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", _LLAMA | {"num_key_value_heads": 4}),
     "phi3": ("Phi3", _LLAMA | {"sliding_window": None}),
     "gemma": ("Gemma", _GEMMA),
-    "gemma2": ("Gemma2", _GEMMA | {"sliding_window": 7, "query_pre_attn_scalar": 8}),
+    "gemma2": ("Gemma2", _GEMMA2),
     "gemma3": ("Gemma3", _GEMMA | {"sliding_window": 7, "query_pre_attn_scalar": 8}),
-    "gpt2": (
-        "GPT2",
-        {
-            "vocab_size": VOCABULARY,
-            "n_embd": 32,
-            "n_layer": LAYERS,
-            "n_head": 4,
-            "n_positions": 2048,
-            "initializer_range": 0.25,
-            "bos_token_id": 1,
-            "eos_token_id": None,
-            "pad_token_id": 0,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "opt": ("OPT", _OLD | {"ffn_dim": 48, "init_std": 0.25, "word_embed_proj_dim": 32}),
-    "opt-projected": (
-        "OPT",
-        _OLD
-        | {
-            "ffn_dim": 48,
-            "init_std": 0.25,
-            "word_embed_proj_dim": 16,
-            "do_layer_norm_before": True,
-        },
-    ),
+    "gpt2": ("GPT2", _GPT2),
+    "opt": ("OPT", _OPT),
+    "opt-projected": ("OPT", _OPT | {"word_embed_proj_dim": 16}),
     "gpt-neox": ("GPTNeoX", _OLD),
+    "qwen2-window": (
+        "Qwen2",
+        _LLAMA | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "phi-normed": ("Phi", _LLAMA | {"qk_layernorm": True, "partial_rotary_factor": 0.25}),
+    "phi3-window": ("Phi3", _LLAMA | {"sliding_window": 7, "partial_rotary_factor": 0.5}),
+    "gemma3-tied-biased": (
+        "Gemma3",
+        _GEMMA
+        | {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 5,
+        },
+    ),
+    "gpt2-scaled": ("GPT2", _GPT2 | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 40}),
+    "opt-bare": ("OPT", _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "opt-post-norm": ("OPT", _OPT | {"do_layer_norm_before": False}),
+    "gpt-neox-sequential": (
+        "GPTNeoX",
+        _OLD | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "relu"},
+    ),
 }
-NATIVE = ("llama", "llama-tied-biased", "qwen2", "qwen3", "mistral", "mistral-window")
+#: Rows that vary a detail of another row: their own layers are run by the generic tier as always.
+VARIANTS = (
+    "qwen2-window",
+    "phi-normed",
+    "phi3-window",
+    "gemma3-tied-biased",
+    "gpt2-scaled",
+    "opt-bare",
+    "gpt-neox-sequential",
+)
+NATIVE = tuple(name for name in MODELS if name != "opt-post-norm")
 
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 #: Last matrices of a layer's two branches, in the words of the families.

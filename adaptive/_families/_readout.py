@@ -1,0 +1,58 @@
+"""A model's own way from hidden states to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptive._families._registry import family_of
+
+
+class Readout:
+    """A model's own way from the last layer's output to logits: norms, head, soft-cap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        family = family_of(model)
+        found = (attrgetter(path)(model) for path in family.norms)
+        self._norms = [module for module in found if module is not None]
+        self._head = model.get_output_embeddings()  # type: ignore[operator]
+        self._cap = getattr(model.config, family.softcap) if family.softcap else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head's weights are."""
+        found: torch.device = self._head.weight.device
+        return found
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
+        return self._capped(self._head(self._normed(hidden)))
+
+    def over(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a readout over the ``kept`` rows of the head, gathered once."""
+        weight = self._head.weight[kept]
+        bias = None if self._head.bias is None else self._head.bias[kept]
+        return lambda hidden: self._capped(F.linear(self._normed(hidden), weight, bias))
+
+    def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits ``[batch, n]`` of tokens ``ids [batch, n]`` for ``hidden [batch, width]``.
+
+        Only those rows of the head are read.
+        """
+        rows = self._head.weight[ids]
+        logits = (rows @ self._normed(hidden)[..., None])[..., 0]
+        if self._head.bias is not None:
+            logits = logits + self._head.bias[ids]
+        return self._capped(logits)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        for norm in self._norms:
+            hidden = norm(hidden)
+        return hidden
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self._cap is None else (logits / self._cap).tanh() * self._cap

@@ -1,0 +1,79 @@
+"""The families that are known."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from adaptive._families import _gemma, _gpt2, _gpt_neox, _llama, _opt, _phi, _phi3
+from adaptive._families._family import Family
+from adaptive.calibration import UnsupportedError
+
+#: A new family is one file beside this one and one row in ``tests/contract/test_families.py``.
+FAMILIES: tuple[Family, ...] = (
+    _llama.LLAMA,
+    _phi.PHI,
+    _phi3.PHI3,
+    _gemma.GEMMA,
+    _gemma.GEMMA2,
+    _gemma.GEMMA3,
+    _gpt2.GPT2,
+    _opt.OPT,
+    _gpt_neox.GPT_NEOX,
+)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family of a model.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model is an encoder-decoder or of a family without a row in ``FAMILIES``; the
+        message names what is missing.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no `config.model_type`: exits need a Hugging Face "
+            "causal language model"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{model_type!r} is an encoder-decoder: only decoder-only models are supported"
+        )
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            for path in (family.layers, *family.norms):
+                _require(model, path, model_type)
+            if model.get_output_embeddings() is None:  # type: ignore[operator]
+                raise UnsupportedError(
+                    f"{type(model).__name__} has no output head: load it as a causal language model"
+                )
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise UnsupportedError(
+        f"model family {model_type!r} is not known: missing are the path of its layers and of "
+        "the modules between "
+        f"them and the head (a `Family` in a file under adaptive/_families/). Known: {known}"
+    )
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    """Return the decoder layers that run, in order: modules whose parts differ by family."""
+    layers = attrgetter(family_of(model).layers)(model)
+    config: Any = model.config
+    return list(layers)[: config.num_hidden_layers]
+
+
+def _require(model: nn.Module, path: str, model_type: str) -> None:
+    try:
+        attrgetter(path)(model)
+    except AttributeError as error:
+        raise UnsupportedError(
+            f"{type(model).__name__} is of family {model_type!r} but has no `{path}` ({error}): "
+            "it may be wrapped (unwrap it) or built differently (add a `Family`)"
+        ) from error

@@ -119,7 +119,7 @@ for trial in range(trials):
         chosen[name][trial] = choose(draw)
 
 # %% [markdown]
-# A method that keeps its promise exceeds the binomial limit below once in a thousand such
+# A method that keeps its promise exceeds the binomial limit below at most once in a thousand such
 # experiments.
 
 # %%
@@ -134,7 +134,8 @@ assert min(broken["pictures as units"], broken["tuned by eye"]) > limit
 
 # %% [markdown]
 # The picture shows where each way ends up. What the certificate pays for its promise is the
-# distance to the line; what the others save, they owe.
+# distance to the line; what the others save, they owe. (Where pictures come one by one,
+# `control_risk(..., groups=unit_of_each)` does the averaging.)
 
 # %%
 figure, axes = plt.subplots(3, 1, figsize=(6.4, 5), sharex=True, sharey=True, layout="constrained")

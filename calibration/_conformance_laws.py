@@ -39,6 +39,11 @@ def _near_level(rng: np.random.Generator, shape: tuple[int, ...], level: float) 
     return np.where(rng.random(shape) < rare, 1.0, usual)
 
 
+def _nearly_one(rng: np.random.Generator, shape: tuple[int, ...], level: float) -> Array:
+    """Errors that count a little less than 1: a total rounded down loses a whole one."""
+    return np.where(rng.random(shape) < level / 0.98, 0.98, 0.0)
+
+
 def _coin(rng: np.random.Generator, shape: tuple[int, ...], level: float) -> Array:
     return np.where(rng.random(shape) < 0.5 * (1.0 + level), 1.0, -1.0)
 
@@ -55,6 +60,7 @@ _BOUNDED = (
     Law("Beta, nearly 0/1", _beta),
     Law("uniform", _uniform),
     Law("rare large losses", _near_level),
+    Law("nothing or 0.98", _nearly_one),
 )
 LAWS: dict[str, tuple[Law, ...]] = {
     "binary": _BINARY,

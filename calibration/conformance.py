@@ -32,6 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from adaptive.calibration._conformance_checks import (
+    ENUMERATED,
+    Finding,
+    columns_apart,
+    enumerated,
+    enumerated_bound,
+    enumerated_control,
+    nothing_for_total_loss,
+    relations,
+)
 from adaptive.calibration._conformance_laws import LAWS, SCENARIOS, Law, Scenario
 from adaptive.calibration._validation import Rng, as_generator, check_choice, check_probability
 
@@ -53,17 +63,6 @@ __all__ = [
     "violation_limit",
     "violations",
 ]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: what was asked, what was found, the limit, and whether it holds."""
-
-    check: str
-    passed: bool
-    found: float
-    limit: float
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def check_p_value(
     -------
     ConformanceReport
         Type-I error at the exact null for every law; exact type-I error by enumeration of all 0/1
-        samples of 10 units; relations between samples.
+        samples of 4, 8 and 12 units; relations between samples and, if `batched`, between columns.
     """
     check_choice("laws", laws, tuple(LAWS))
     run = p_value if batched else _each(p_value)
@@ -165,8 +164,11 @@ def check_p_value(
             found = int(np.count_nonzero(p <= delta))
             label = f"type I error, {law.name}, n={n}, level={level:g}, delta={delta:g}"
             findings.append(Finding(label, found <= limit, found / replicates, limit / replicates))
-    findings += [_enumerated(run, level) for level in (0.1, 0.3, 0.5)]
-    findings += _relations(run, ordered)
+    cases = itertools.product(ENUMERATED, (0.1, 0.3, 0.5))
+    findings += [enumerated(run, n, level) for n, level in cases]
+    findings += relations(run, ordered)
+    if batched:
+        findings.append(columns_apart(run, 0.25))
     return ConformanceReport(name, tuple(findings))
 
 
@@ -183,7 +185,14 @@ def check_upper_bound(
     confidence: float = 0.999,
     rng: Rng = None,
 ) -> ConformanceReport:
-    """Check `upper_bound(losses, delta)`: P(mean > bound) <= delta; see `check_p_value`."""
+    """Check `upper_bound(losses, delta)`: P(mean > bound) <= delta; see `check_p_value`.
+
+    Returns
+    -------
+    ConformanceReport
+        Miscoverage for every law; exact miscoverage by enumeration of all 0/1 samples of 4 and 8
+        units; if `batched`, that a column's bound does not depend on the other columns.
+    """
     check_choice("laws", laws, tuple(LAWS))
     run = upper_bound if batched else _each(upper_bound)
     generator = as_generator(rng)
@@ -194,6 +203,10 @@ def check_upper_bound(
         found = int(np.count_nonzero(upper < mean - 1e-12))
         label = f"miscoverage, {law.name}, n={n}, mean={mean:g}, delta={delta:g}"
         findings.append(Finding(label, found <= limit, found / replicates, limit / replicates))
+    cases = itertools.product(ENUMERATED[:2], means, deltas)
+    findings += [enumerated_bound(run, n, mean, delta) for n, mean, delta in cases]
+    if batched:
+        findings.append(columns_apart(run, 0.1))
     return ConformanceReport(name, tuple(findings))
 
 
@@ -254,10 +267,17 @@ def check_control(
     Returns
     -------
     ConformanceReport
-        One finding per scenario and setting: the share of calibrations that break the promise.
+        One finding per scenario and setting: the share of calibrations that break the promise;
+        the exact probability of it for one column just above the promise, by enumeration of all
+        0/1 samples of 10 units; and that losses of 1 throughout certify nothing.
     """
     generator = as_generator(rng)
-    findings = []
+    findings: list[Finding] = []
+    if any(scenario.tokens == 1 for scenario in scenarios):
+        findings += [
+            nothing_for_total_loss(control),
+            enumerated_control(control, n=10, risk=0.3, delta=0.1),
+        ]
     for scenario, (n, risk, delta) in itertools.product(scenarios, settings):
         wrong = violations(
             control,
@@ -280,48 +300,3 @@ def _each(function: Callable[[Array, float], Any]) -> Callable[[Array, float], A
         return np.array(values)
 
     return run
-
-
-def _enumerated(run: Callable[[Array, float], Array], level: float) -> Finding:
-    """Exact type-I error over all 0/1 samples of 10 units, at every attainable delta."""
-    samples = np.array(list(itertools.product((0.0, 1.0), repeat=10))).T
-    mass = np.prod(np.where(samples == 1.0, level, 1.0 - level), axis=0)
-    p = np.asarray(run(samples, level), dtype=np.float64)
-    order = np.argsort(p)
-    ends = np.append(np.diff(p[order]) > 1e-12, True)
-    excess = np.max((np.cumsum(mass[order]) - p[order])[ends])
-    return Finding(
-        f"enumeration of all 0/1 samples, n=10, level={level:g}",
-        bool(excess <= 1e-9),
-        float(excess),
-        0.0,
-        "largest P(p <= d) - d over attainable d",
-    )
-
-
-def _relations(run: Callable[[Array, float], Array], ordered: bool) -> list[Finding]:
-    rng = np.random.default_rng(7)
-    base = (rng.random((40, 50)) < 0.1).astype(np.float64)
-    p = run(base, 0.25)
-    findings = [
-        _none_above("p is a number in [0, 1]", np.where((p >= 0) & (p <= 1 + 1e-12), 0.0, 1.0)),
-        _none_above(
-            "no evidence from a sample without any success (p = 1 up to slack)",
-            0.99 - run(np.ones((40, 1)), 0.25),
-        ),
-        _none_above("no evidence from losses at the level", 0.5 - run(np.ones((40, 1)), 0.5)),
-    ]
-    if not ordered:
-        shuffled = rng.permuted(base, axis=0)
-        longer = np.vstack([base, np.zeros((1, base.shape[1]))])
-        findings += [
-            _none_above("a higher level never raises p", run(base, 0.3) - p),
-            _none_above("the order of the units is irrelevant", np.abs(run(shuffled, 0.25) - p)),
-            _none_above("one more unit without loss never raises p", run(longer, 0.25) - p),
-        ]
-    return findings
-
-
-def _none_above(check: str, excess: Array) -> Finding:
-    worst = float(np.nan_to_num(np.max(excess), nan=np.inf))
-    return Finding(check, worst <= 1e-9, worst, 0.0)

@@ -20,6 +20,8 @@ from adaptive.calibration import (
     wsr_log_p,
     wsr_upper_bound,
 )
+from adaptive.calibration._betting import _wsr_bets
+from adaptive.calibration._running import plain
 
 INDEX = np.arange(1, 10_001)
 A = 0.2 * ((37 * INDEX) % 101) / 101
@@ -146,6 +148,28 @@ def test_wsr_wealth(losses, risk, log_wealth):
     assert -wsr_log_p(losses, risk=risk, delta=0.1)[0] == pytest.approx(log_wealth, abs=3e-7)
 
 
+@pytest.mark.parametrize(
+    ("losses", "risk", "final", "peak_at"),
+    [
+        (A[:100], 0.15, 4.6273488356, 100),
+        (A[:1000], 0.15, 45.9560951961, 1000),
+        (B[:100], 0.1, -2.6684958422, 56),
+        (B[:1000], 0.1, 12.6950537776, 1000),
+        ((A - B)[:200], 0.1, 5.7549384078, None),
+    ],
+)
+def test_wsr_wealth_at_the_end(losses, risk, final, peak_at):
+    (_, bets), *_ = _wsr_bets([plain(losses[:, None])], 0.1)
+    path = np.log(1.0 - bets[:, 0] * (losses - risk)).cumsum()
+    assert path[-1] == pytest.approx(final, abs=1e-9)
+    assert path.max() == pytest.approx(-wsr_log_p(losses, risk=risk, delta=0.1)[0], abs=1e-9)
+    assert peak_at in (None, path.argmax() + 1)
+
+
+def test_wsr_bounds_may_lie_below_the_mean():
+    assert wsr_upper_bound(B[:100], delta=0.1)[0] < B[:100].mean()
+
+
 def test_wsr_wealth_of_another_program():
     # confseq's negative capital process with the same bets
     assert np.exp(wsr_log_p(A[:1000], risk=0.15, delta=0.1))[0] == pytest.approx(
@@ -182,6 +206,20 @@ def test_star_wealth_with_the_published_prior(losses, risk, log_wealth):
     assert found == pytest.approx(log_wealth, abs=1e-10)
 
 
+def test_star_wealth_at_the_end():
+    """By the definition, unit by unit; its peak is the library's."""
+    wealth, peak, spread = 0.0, 0.0, 0.11 * 0.89
+    for t, loss in enumerate(A[:100], start=1):
+        need = max(np.log(10.0) - wealth, 0.0)
+        bet = min(np.sqrt(2.0 * t * need / ((100 - t + 1) * spread)), 1.0 / 0.89)
+        wealth += np.log(1.0 - bet * (loss - 0.11))
+        peak = max(peak, wealth)
+        spread += (loss - 0.11) ** 2
+    assert wealth == pytest.approx(0.9054465716, abs=1e-9)
+    library = -star_log_p(A[:100], risk=0.11, delta=0.1, prior_units=1.0)[0]
+    assert library == pytest.approx(peak, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("losses", "upper"),
     [
@@ -213,3 +251,25 @@ def test_constant_bet(bet, log_e):
 )
 def test_truncated_beta_mixture(k, n, risk, log_e):
     assert beta_mixture_log_wealth(k, n, risk=risk) == pytest.approx(log_e, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("points", "certified", "first_failing"),
+    [(11, 0.014, 0.102), (21, 0.041, 0.105), (101, 0.053, 0.065)],
+)
+def test_violations_of_the_last_passing_and_of_the_first_failing_threshold(
+    points, certified, first_failing
+):
+    """Risk 0.3 (1 - threshold) falls to the promise inside the grid; n = 100, both levels 0.1."""
+    replicates = 20_000
+    rng = np.random.default_rng(1)
+    risks = 0.3 * np.linspace(0.0, 1.0, points)  # from the safest threshold on
+    errors = np.zeros((replicates, points), dtype=int)
+    for _ in range(100):  # one threshold for each unit, at which its loss begins
+        errors += rng.random((replicates, 1)) < risks
+    passed = np.cumprod(binomial_log_p(errors, 100, risk=0.1) <= np.log(0.1), axis=1)
+    failing = passed.sum(axis=1)
+    ours = risks[np.maximum(failing - 1, 0)] > 0.1 + 1e-12
+    theirs = risks[np.minimum(failing, points - 1)] > 0.1 + 1e-12
+    assert ours.mean() == pytest.approx(certified, abs=0.012)
+    assert theirs.mean() == pytest.approx(first_failing, abs=0.012)

@@ -21,6 +21,7 @@ from adaptive.calibration import (
     RiskMonitor,
     ScoreAudits,
     UniformAudits,
+    combine_evidence,
     corrected_losses,
     corrected_range,
     plan_detection,
@@ -254,3 +255,44 @@ def test_the_planner_says_what_happens(rng, rate, factor):
     )
     assert np.median(trial.delays) == pytest.approx(plan.median_units, rel=0.12)
     assert np.quantile(trial.delays, 0.9) == pytest.approx(plan.q90_units, rel=0.15)
+
+
+def test_late_and_missing_labels_keep_the_promise_and_labels_by_complaint_do_not(rng):
+    """Labels come up to 50 units late, one in three never; or losses are reported more often."""
+    units, streams = 1000, 2000
+    losses = (rng.random((units, streams)) < RISK).astype(float)
+    arrival = np.arange(units)[:, None] + rng.integers(0, 50, (units, streams))
+    never = rng.random((units, streams)) < 1 / 3
+    late = RiskMonitor(RISK, average_run_length=1e4)
+    state = late.init(streams)
+    arrived = np.argsort(np.where(never, units + 60, arrival), axis=0, kind="stable")
+    ordered = np.take_along_axis(losses, arrived, axis=0)
+    for t, row in enumerate(ordered):
+        state = late.update(state, row, active=t < units - never.sum(axis=0))
+    assert (state.units == units - never.sum(axis=0)).all()
+    assert keeps(late.alarm(state), 0.1)
+    complaint, missing = late.init(streams), late.init(streams)
+    for t, row in enumerate(losses):
+        missing = late.update(missing, row, audited=~never[t])
+        told = rng.random(streams) < np.where(row > 0.0, 0.9, 0.3)
+        complaint = late.update(complaint, row, audited=told)
+    assert keeps(late.alarm(missing), 0.1)
+    assert not keeps(late.alarm(complaint), 0.1)
+
+
+def test_the_mean_of_dependent_evidence_keeps_the_promise_and_the_largest_does_not(rng):
+    """Eight detectors on losses that share half of their luck; wrong: the largest of them."""
+    streams, tenants, length = 1500, 8, 1e4
+    monitor = RiskMonitor(RISK, average_run_length=length)
+    state = monitor.init(streams * tenants)
+    peaks = {"mean": np.zeros(streams), "largest": np.zeros(streams)}
+    for _ in range(1000):
+        own = rng.random((streams, tenants)) < RISK
+        shared = rng.random((streams, 1)) < RISK
+        losses = np.where(rng.random((streams, tenants)) < 0.5, shared, own)
+        state = monitor.update(state, losses.ravel().astype(float))
+        evidence = monitor.evidence(state).reshape(streams, tenants)
+        peaks["mean"] = np.maximum(peaks["mean"], combine_evidence(evidence))
+        peaks["largest"] = np.maximum(peaks["largest"], evidence.max(axis=1))
+    assert keeps(peaks["mean"] >= length, 0.1)
+    assert not keeps(peaks["largest"] >= length, 0.1)

@@ -178,3 +178,23 @@ def test_tracking_keeps_its_average_whatever_comes(rng):
         excess = tracker.mean_loss(state) - tracker.target
         assert (excess <= tracker.excess_limit(t) + 1e-12).all()
     assert tracker.mean_loss(state)[:100].mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_limit_of_tracking_is_nearly_reached_and_needs_positions_below_zero(rng):
+    """An adversary that always loses, then lies in wait; wrong: positions cut off at 0."""
+    tracker = RiskTracker(0.1, step=0.05, start=1.0)
+
+    def worst(cut):
+        state, share = tracker.init(), []
+        for t in range(1, 400):
+            loss = float(state.position[0] > 0.0)
+            state = tracker.update(state, [loss])
+            if cut:
+                positions = np.maximum(state.position, 0.0)
+                state = type(state)(positions, state.units, state.total)
+            excess = float(tracker.mean_loss(state)[0]) - tracker.target
+            share.append(excess / float(tracker.excess_limit(t)))
+        return max(share)
+
+    assert 0.8 < worst(cut=False) <= 1.0 + 1e-9
+    assert worst(cut=True) > 1.0

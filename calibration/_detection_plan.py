@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._monitor import RiskMonitor
+from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._monitor import SAFE, AbstractRiskMonitor
 from adaptive.calibration._validation import (
     Rng,
     as_generator,
@@ -18,6 +18,7 @@ from adaptive.calibration._validation import (
     check_positive,
 )
 
+Array = NDArray[np.float64]
 _LARGEST = 10_000_000
 
 
@@ -35,12 +36,12 @@ class DetectionPlan:
         Labels among them.
     median_excess : float
         Loss beyond the promise that the units up to a median alarm carry together.
+    quiet : int
+        Units before the change.
     false_alarm_limit : float
-        P(false alarm within `horizon` units) is at most this.
-    horizon : int
+        P(false alarm among them) is at most this.
     least_units : float
-        ln(A)/KL per label, in units: what no method with this promise can much undercut when the
-        change comes at the worst moment.
+        First-order delay of a single bet that is right: ln(threshold)/KL labels, in units.
     """
 
     changed_risk: float
@@ -48,8 +49,8 @@ class DetectionPlan:
     q90_units: float
     median_audits: float
     median_excess: float
+    quiet: int
     false_alarm_limit: float
-    horizon: int
     least_units: float
 
     def __str__(self) -> str:
@@ -57,36 +58,35 @@ class DetectionPlan:
             f"A risk of {self.changed_risk:g} is found after about {self.median_units:,.0f} units "
             f"(median; 9 times in 10 within {self.q90_units:,.0f}),\n"
             f"{self.median_audits:,.0f} of them with a label.\n"
-            f"False alarm within {self.horizon:,} units: at most {self.false_alarm_limit:.3g}."
+            f"False alarm in {self.quiet:,} quiet units before: at most "
+            f"{self.false_alarm_limit:.3g}."
         )
 
 
 def plan_detection(
-    bound: float,
+    monitor: AbstractRiskMonitor,
     *,
-    average_run_length: float = 1e5,
-    audit_rate: float = 1.0,
     factor: float = 2.0,
-    lower: float = 0.0,
-    upper: float = 1.0,
-    horizon: int = 10_000,
+    audit_rate: float = 1.0,
+    quiet: int = 10_000,
     replicates: int = 1000,
     rng: Rng = None,
 ) -> DetectionPlan:
-    """Units until a `RiskMonitor` finds that the risk has become a multiple of its bound.
+    """Units until a risk monitor finds that the risk has become a multiple of its bound.
 
     Parameters
     ----------
-    bound, average_run_length, lower, upper
-        Of the monitor.
-    audit_rate : float
-        Share of units with a label, in (0, 1]: 1 in `exact` mode, where settling labels all.
+    monitor : RiskMonitor or LifetimeRiskMonitor
+        With the promise and the false-alarm rate to plan for.
     factor : float
         The mean loss after the change is ``factor * bound``; above 1, result below `upper`.
-    horizon : int
-        Units that the false-alarm limit is stated for.
+    audit_rate : float
+        Share of units with a label, in (0, 1]: 1 in `exact` mode, where settling labels all.
+    quiet : int
+        Units before the change, at the bound. For a `RiskMonitor` 0 is the worst moment and quiet
+        time costs nothing; a `LifetimeRiskMonitor` is slower the longer it has been on.
     replicates : int
-        Simulated streams. The change comes at the first unit, the worst moment for this monitor.
+        Simulated streams.
     rng : int, Generator or None
         Seed of the simulation.
 
@@ -101,21 +101,25 @@ def plan_detection(
 
     Examples
     --------
-    >>> print(plan_detection(0.05, average_run_length=1e5, audit_rate=0.1))
-    A risk of 0.1 is found after about 2,524 units (median; 9 times in 10 within 5,000),
-    253 of them with a label.
-    False alarm within 10,000 units: at most 0.1.
+    >>> from adaptive.calibration import RiskMonitor
+    >>> monitor = RiskMonitor(0.05, average_run_length=1e5)
+    >>> print(plan_detection(monitor, audit_rate=0.1))
+    A risk of 0.1 is found after about 2,020 units (median; 9 times in 10 within 4,228),
+    202 of them with a label.
+    False alarm in 10,000 quiet units before: at most 0.1.
     """
-    monitor = RiskMonitor(bound, average_run_length=average_run_length, lower=lower, upper=upper)
+    if not isinstance(monitor, AbstractRiskMonitor):
+        raise InvalidTypeError("monitor", monitor, "a RiskMonitor or LifetimeRiskMonitor")
     if not 0.0 < check_number("audit_rate", audit_rate) <= 1.0:
         raise InvalidArgumentError("audit_rate", audit_rate, "in (0, 1]")
-    changed = check_positive("factor", factor) * bound
-    if not bound < changed < upper:
-        allowed = f"such that factor x bound is in ({bound:g}, {upper:g})"
+    bound, changed = monitor.bound, check_positive("factor", factor) * monitor.bound
+    if not bound < changed < monitor.upper:
+        allowed = f"such that factor x bound is in ({bound:g}, {monitor.upper:g})"
         raise InvalidArgumentError("factor", factor, allowed)
     check_count("replicates", replicates)
-    check_count("horizon", horizon)
-    units, audits = _simulate(monitor, changed, audit_rate, replicates, as_generator(rng))
+    check_count("quiet", quiet, least=0)
+    labels = _Labels(monitor, audit_rate, as_generator(rng))
+    units, audits = labels.until_alarm(labels.after(quiet, replicates), quiet, changed)
     median = float(np.median(units))
     return DetectionPlan(
         changed,
@@ -123,38 +127,65 @@ def plan_detection(
         float(np.quantile(units, 0.9)),
         float(np.median(audits)),
         median * (changed - bound),
-        min(1.0, horizon / monitor.threshold),
-        horizon,
+        quiet,
+        monitor.false_alarm_limit(quiet),
         _lorden(monitor, changed) / audit_rate,
     )
 
 
-def _simulate(
-    monitor: RiskMonitor, risk: float, rate: float, replicates: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Units and labels until the alarm [replicates]; a step is a label, after a geometric gap."""
-    bets = monitor.bet_sizes
-    span, low = monitor.upper - monitor.lower, monitor.lower
-    share = (risk - low) / span
-    statistics = np.zeros((replicates, bets.size))
-    units = np.zeros(replicates, np.int64)
-    audits = np.zeros(replicates, np.int64)
-    running = np.arange(replicates)
-    while running.size:
-        gaps = rng.geometric(rate, running.size)
-        losses = low + span * (rng.random(running.size) < share)
-        factors = 1.0 + bets * (losses - monitor.bound)[:, None]
-        statistics = factors * (statistics + gaps[:, None])
-        units[running] += gaps
-        audits[running] += 1
-        going = statistics.mean(axis=1) < monitor.threshold
-        running, statistics = running[going], statistics[going]
-        if units.max() > _LARGEST:
-            raise InvalidArgumentError("factor", risk, f"found within {_LARGEST:,} units")
-    return units, audits
+@dataclass(frozen=True)
+class _Labels:
+    """A monitor simulated label by label; between labels lie units without one."""
+
+    monitor: AbstractRiskMonitor
+    rate: float
+    rng: np.random.Generator
+
+    def after(self, quiet: int, replicates: int) -> Array:
+        """Statistics [replicates, n_bets] after quiet units at the bound."""
+        statistics = np.zeros((replicates, self.monitor.bet_sizes.size))
+        units = np.zeros(replicates, np.int64)
+        while (units < quiet).any():
+            gaps = self.rng.geometric(self.rate, replicates)
+            reached = units + gaps <= quiet
+            gaps = np.minimum(gaps, quiet - units)
+            factors = np.where(reached[:, None], self._factors(self.monitor.bound, replicates), 1.0)
+            statistics = factors * (statistics + self.monitor.spend(units, gaps)[:, None])
+            statistics[statistics.mean(axis=1) >= self.monitor.threshold] = 0.0
+            units += gaps
+        return statistics
+
+    def until_alarm(
+        self, statistics: Array, quiet: int, risk: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Units and labels from the change to the alarm [replicates]."""
+        replicates = statistics.shape[0]
+        units = np.zeros(replicates, np.int64)
+        audits = np.zeros(replicates, np.int64)
+        running = np.arange(replicates)
+        while running.size:
+            gaps = self.rng.geometric(self.rate, running.size)
+            spent = self.monitor.spend(units[running] + quiet, gaps)
+            statistics = self._factors(risk, running.size) * (statistics + spent[:, None])
+            units[running] += gaps
+            audits[running] += 1
+            evidence = statistics.mean(axis=1) + self.monitor.reserve(units[running] + quiet)
+            going = evidence < self.monitor.threshold
+            running, statistics = running[going], statistics[going]
+            if units.max() > _LARGEST:
+                raise InvalidArgumentError("factor", risk, f"found within {_LARGEST:,} units")
+        return units, audits
+
+    def _factors(self, risk: float, size: int) -> Array:
+        monitor = self.monitor
+        span = monitor.upper - monitor.lower
+        lost = self.rng.random(size) < (risk - monitor.lower) / span
+        gains = np.where(lost, monitor.upper, monitor.lower) - monitor.bound
+        safe = np.minimum(monitor.bet_sizes, SAFE / (monitor.bound - monitor.lower))
+        return np.asarray(1.0 + safe * gains[:, None])
 
 
-def _lorden(monitor: RiskMonitor, risk: float) -> float:
+def _lorden(monitor: AbstractRiskMonitor, risk: float) -> float:
     """ln(A) over the divergence of 0/1 losses at the two risks."""
     span = monitor.upper - monitor.lower
     q, m = (risk - monitor.lower) / span, (monitor.bound - monitor.lower) / span

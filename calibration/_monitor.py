@@ -24,9 +24,9 @@ from adaptive.calibration._edetector import (
 )
 from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._state_io import pack_state, unpack_state
-from adaptive.calibration._validation import check_number, check_probability
+from adaptive.calibration._validation import check_count, check_number, check_probability
 
-_SAFE = 0.9
+SAFE = 0.9  # largest share of a bet that a unit without loss takes
 _GRID = 8
 _TINY = 1e-300  # no room to lose: any bet is safe
 
@@ -55,12 +55,16 @@ class AbstractRiskMonitor(ABC):
         """Evidence at which the alarm is on."""
 
     @abstractmethod
-    def _weight(self, units: NDArray[np.int64]) -> float | Array:
-        """Weight of "the change begins now", after `units` units."""
+    def spend(self, units: NDArray[np.int64], count: ArrayLike = 1) -> Array:
+        """Weight of "the change begins with one of the next `count` units", after `units`."""
 
     @abstractmethod
-    def _reserve(self, units: NDArray[np.int64]) -> float | Array:
+    def reserve(self, units: NDArray[np.int64]) -> Array:
         """Weight left for changes that begin later."""
+
+    @abstractmethod
+    def false_alarm_limit(self, units: int) -> float:
+        """P(false alarm within so many units) is at most this."""
 
     @property
     def bet_sizes(self) -> Array:
@@ -118,7 +122,7 @@ class AbstractRiskMonitor(ABC):
         moved = advance(
             state.statistics,
             factors,
-            weight=np.reshape(self._weight(state.units), (-1, 1)),
+            weight=self.spend(state.units)[:, None],
             threshold=self.threshold,
         )
         statistics = np.where(on[:, None], moved, state.statistics)
@@ -132,7 +136,7 @@ class AbstractRiskMonitor(ABC):
     def evidence(self, state: EDetectorState) -> Array:
         """Evidence for a change so far [n_streams]; the alarm is on at `threshold`."""
         total = np.add.reduce(state.statistics, axis=1)
-        return np.asarray(total / state.statistics.shape[1] + self._reserve(state.units))
+        return np.asarray(total / state.statistics.shape[1] + self.reserve(state.units))
 
     def alarm(self, state: EDetectorState) -> Flags:
         """Whether the alarm has ever been on [n_streams]; it stays on until `restart`."""
@@ -166,7 +170,7 @@ class AbstractRiskMonitor(ABC):
         use = seen & (levels < self.upper)
         gain = np.where(use, x - levels, 0.0)[:, None]
         room = np.maximum(np.where(use, levels - self.lower, 0.0), _TINY)[:, None]
-        return 1.0 + np.minimum(self.bet_sizes, _SAFE / room) * gain
+        return 1.0 + np.minimum(self.bet_sizes, SAFE / room) * gain
 
 
 @dataclass(frozen=True)
@@ -234,11 +238,17 @@ class RiskMonitor(AbstractRiskMonitor):
         """The average run length A."""
         return float(self.average_run_length)
 
-    def _weight(self, units: NDArray[np.int64]) -> float:
-        return 1.0
+    def spend(self, units: NDArray[np.int64], count: ArrayLike = 1) -> Array:
+        """1 for each unit."""
+        return np.broadcast_to(np.asarray(count, np.float64), units.shape)
 
-    def _reserve(self, units: NDArray[np.int64]) -> float:
-        return 0.0
+    def false_alarm_limit(self, units: int) -> float:
+        """``units / average_run_length``, at most 1."""
+        return min(1.0, check_count("units", units, least=0) / self.threshold)
+
+    def reserve(self, units: NDArray[np.int64]) -> Array:
+        """None: the weights have no end."""
+        return np.zeros(units.shape)
 
 
 @dataclass(frozen=True)
@@ -286,18 +296,24 @@ class LifetimeRiskMonitor(AbstractRiskMonitor):
         """1 / alpha."""
         return 1.0 / self.alpha
 
-    def _weight(self, units: NDArray[np.int64]) -> Array:
+    def spend(self, units: NDArray[np.int64], count: ArrayLike = 1) -> Array:
+        """1/(t(t+1)) for unit t, summed over the next `count`."""
         t = units + 1.0
-        return np.asarray(1.0 / (t * (t + 1.0)))
+        return np.asarray(count / (t * (t + count)))
 
-    def _reserve(self, units: NDArray[np.int64]) -> Array:
+    def false_alarm_limit(self, units: int) -> float:
+        """`alpha`, however many."""
+        return float(self.alpha)
+
+    def reserve(self, units: NDArray[np.int64]) -> Array:
+        """1 less the weights so far."""
         return np.asarray(1.0 / (units + 1.0))
 
 
 @lru_cache(maxsize=256)
 def _grid(span: float, room: float) -> Array:
     """Return the default bets; kept, because an update takes less time than making them."""
-    bets = np.geomspace(0.05 / span, 0.5 * _SAFE / room, _GRID)
+    bets = np.geomspace(0.05 / span, 0.5 * SAFE / room, _GRID)
     bets.flags.writeable = False
     return bets
 

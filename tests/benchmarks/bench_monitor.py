@@ -110,7 +110,6 @@ PEERS = {
         threshold=[5, 7, 10, 12, 15, 17, 20, 25],
     ),
     "DDM": grid(river("DDM"), drift_threshold=[3.0, 3.5, 4.0, 4.5, 5.0, 6.0]),
-    "HDDMA": grid(river("HDDMA"), drift_confidence=[0.1, 0.01]),
     "rolling mean": grid(
         RollingMean, window=[100, 200, 500, 1000], limit=[0.07, 0.08, 0.09, 0.1, 0.11, 0.13, 0.15]
     ),
@@ -373,7 +372,10 @@ def main() -> None:
         "versions": {name: version(name) for name in ("numpy", "scipy", "river")},
         "streams": options.streams,
         "plans": {
-            str(factor): vars(plan_detection(0.05, average_run_length=1e5, factor=factor))
+            f"{type(monitor).__name__} {factor}": vars(
+                plan_detection(monitor, factor=factor, quiet=QUIET)
+            )
+            for monitor in (RiskMonitor(0.05), LifetimeRiskMonitor(0.05))
             for factor in (2, 4)
         },
     }

@@ -162,18 +162,27 @@ def test_paths_end_at_the_fold():
 
 
 def test_the_plan_by_hand_and_in_words():
-    plan = plan_detection(0.05, average_run_length=1e5, audit_rate=0.5, replicates=50)
+    monitor = RiskMonitor(0.05, average_run_length=1e5)
+    small = {"audit_rate": 0.5, "replicates": 50, "quiet": 1000}
+    plan = plan_detection(monitor, **small)
     assert plan.changed_risk == pytest.approx(0.1)
     divergence = 0.1 * math.log(2.0) + 0.9 * math.log(0.9 / 0.95)
     assert plan.least_units == pytest.approx(2.0 * math.log(1e5) / divergence)
     assert plan.median_excess == pytest.approx(0.05 * plan.median_units)
     assert plan.median_audits == pytest.approx(0.5 * plan.median_units, rel=0.1)
-    assert plan.false_alarm_limit == pytest.approx(0.1)
+    assert plan.false_alarm_limit == pytest.approx(0.01)
     assert "A risk of 0.1 is found after about" in str(plan)
-    rarer = plan_detection(0.05, average_run_length=1e6, audit_rate=0.5, replicates=50)
+    rarer = plan_detection(RiskMonitor(0.05, average_run_length=1e6), **small)
     assert rarer.median_units > plan.median_units
-    wider = plan_detection(0.05, average_run_length=1e5, audit_rate=0.5, factor=4, replicates=50)
+    wider = plan_detection(monitor, factor=4, **small)
     assert wider.median_units < plan.median_units
+    for_ever = LifetimeRiskMonitor(0.05, alpha=0.02)
+    young = plan_detection(for_ever, replicates=50, quiet=0)
+    late = plan_detection(for_ever, replicates=50, quiet=2000)
+    assert young.false_alarm_limit == late.false_alarm_limit == 0.02
+    assert late.median_units > 1.5 * young.median_units
+    certain = plan_detection(monitor, replicates=20, quiet=200_000, audit_rate=0.01)
+    assert certain.false_alarm_limit == 1.0
 
 
 @pytest.mark.parametrize(
@@ -182,13 +191,15 @@ def test_the_plan_by_hand_and_in_words():
         ({"factor": 1.0}, r"`factor` must be such that factor x bound is in \(0.05, 1\)"),
         ({"factor": 30.0}, "`factor` must be such that"),
         ({"audit_rate": 0.0}, r"`audit_rate` must be in \(0, 1\]"),
-        ({"average_run_length": 0.5}, "`average_run_length` must be above 1"),
-        ({"horizon": 0}, "`horizon` must be at least 1"),
+        ({"quiet": -1}, "`quiet` must be at least 0"),
+        ({"replicates": 0}, "`replicates` must be at least 1"),
     ],
 )
 def test_impossible_plans_are_refused_by_name(settings, text):
     with pytest.raises(ValueError, match=text):
-        plan_detection(0.05, **settings)
+        plan_detection(RiskMonitor(0.05), **settings)
+    with pytest.raises(TypeError, match="`monitor` must be a RiskMonitor"):
+        plan_detection(0.05)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_delay_beside_the_first_order_formula_and_a_product_that_never_restarts(
     losses = BernoulliStream(RISK, after=0.1).draw(5000, 3000, streams=200, rng=rng)
     monitor = RiskMonitor(RISK, average_run_length=1e5)
     trial = try_monitor(monitor, losses, change=3000)
-    plan = plan_detection(RISK, average_run_length=1e5)
+    plan = plan_detection(monitor, quiet=3000)
     assert keeps(trial.first_alarm > 0, 3000 / 1e5)
     assert trial.missed == 0.0
     assert 0.4 * plan.least_units < np.median(trial.delays) < plan.least_units
@@ -244,15 +244,21 @@ def test_delay_beside_the_first_order_formula_and_a_product_that_never_restarts(
     assert np.median(never_restarted) > 4 * np.median(trial.delays)
 
 
-@pytest.mark.parametrize(("rate", "factor"), [(1.0, 4.0), (0.1, 2.0)])
-def test_the_planner_says_what_happens(rng, rate, factor):
-    plan = plan_detection(RISK, average_run_length=1e4, audit_rate=rate, factor=factor)
-    units = int(4 * plan.q90_units)
-    losses = (rng.random((units, 400)) < factor * RISK).astype(float)
+@pytest.mark.parametrize(
+    ("monitor", "rate", "factor", "quiet"),
+    [
+        (RiskMonitor(RISK, average_run_length=1e4), 1.0, 4.0, 0),
+        (RiskMonitor(RISK, average_run_length=1e4), 0.1, 2.0, 2000),
+        (LifetimeRiskMonitor(RISK, alpha=0.05), 0.5, 3.0, 1000),
+    ],
+)
+def test_the_planner_says_what_happens(rng, monitor, rate, factor, quiet):
+    plan = plan_detection(monitor, audit_rate=rate, factor=factor, quiet=quiet)
+    units = quiet + int(4 * plan.q90_units)
+    risk = np.where(np.arange(units) < quiet, RISK, factor * RISK)[:, None]
+    losses = (rng.random((units, 400)) < risk).astype(float)
     audited = rng.random((units, 400)) < UniformAudits(rate).probabilities()[0]
-    trial = try_monitor(
-        RiskMonitor(RISK, average_run_length=1e4), losses, change=0, audited=audited
-    )
+    trial = try_monitor(monitor, losses, change=quiet, audited=audited)
     assert np.median(trial.delays) == pytest.approx(plan.median_units, rel=0.12)
     assert np.quantile(trial.delays, 0.9) == pytest.approx(plan.q90_units, rel=0.15)
 

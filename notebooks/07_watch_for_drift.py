@@ -181,33 +181,38 @@ settings = {"new_tokens": new_tokens, "batch_size": 16, "tokenizer": tokenizer, 
 trace = collect_trace(model, prompts[:130], **settings)
 shouted = collect_trace(model, [prompt.upper() for prompt in rest[32:]], **settings)
 fit, served = trace.split([0.6, 0.4], rng=0)
-exit = 0
+exit, phase = 2, 150
 drift = ScoreDrift.fit(
-    fit.scores[:, exit], fit.unit_of_token, average_run_length=1000, cells=4, rng=0
+    fit.scores[:, exit], fit.unit_of_token, average_run_length=2000, cells=4, rng=0
 )
 
 
 def evidence_of(*traces, rng):
-    """Evidence after each text of a stream: 60 draws from each trace in turn."""
+    """Evidence after each text of a stream: texts drawn from one trace, then from the other."""
     state, path = drift.init(), []
     for trace in traces:
         features = drift.features(trace.scores[:, exit], trace.unit_of_token)
-        for unit in rng.integers(trace.n_units, size=60):
+        for unit in rng.integers(trace.n_units, size=phase):
             state = drift.update(state, features[[unit]])
             path.append(drift.evidence(state)[0])
-    return path
+    return np.array(path)
 
 
+paths = [evidence_of(served, shouted, rng=np.random.default_rng(seed)) for seed in range(5)]
 figure, axis = plt.subplots(figsize=(6.8, 3.4), layout="constrained")
-for seed in range(5):
-    rng = np.random.default_rng(seed)
-    axis.semilogy(evidence_of(served, shouted, rng=rng), color="C0", alpha=0.7)
+for path in paths:
+    axis.semilogy(path, color="C0", alpha=0.7)
 axis.axhline(drift.threshold, color="C3", linestyle="--", label="alarm")
-axis.axvline(60, color="black", linewidth=1, label="capitals begin")
+axis.axvline(phase, color="black", linewidth=1, label="capitals begin")
 axis.set(xlabel="texts", ylabel="evidence for a drift")
 axis.legend()
 plt.show()
-print("scores at this exit, mean:", served.scores[:, exit].mean(), shouted.scores[:, exit].mean())
+
+delays = np.array([int(np.argmax(path >= drift.threshold)) - phase for path in paths])
+print("mean score at this exit, usual and capitals:", end=" ")
+print([round(float(part.scores[:, exit].mean()), 3) for part in (served, shouted)])
+print("texts from the change to the alarm, five streams:", delays.tolist())
+assert (delays > 0).all()
 
 # %% [markdown]
 # (Every text is one more moment at which a change may have begun, so the evidence rises with time

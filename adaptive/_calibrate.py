@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ def calibrate(
         Most tokens generated per prompt, at least 2. The certificate covers texts up to this
         length.
     batch_size : int
-        Prompts decoded together.
+        Prompts decoded together; part of the promise where they decide together (see the notes).
     members : int
         Number of policies placed on the path, at least 1.
     column : str, optional
@@ -180,6 +181,10 @@ def calibrate(
     independent draws (of the pool, if one is named) and later traffic is like them. Cost: one
     full-depth generation and one pass over the fit split, one generation of the test split per
     member visited.
+
+    A rule whose rows decide together (``scope`` "batch") is tested on whole batches: the test
+    prompts, in random order, are cut into batches of ``batch_size``, the batch is the unit, and the
+    certificate covers batches of that size, put together at random.
 
     Classifiers: datasets are tensors, arrays or lists of inputs, ``(inputs, labels)``,
     DataLoaders, ``datasets.Dataset`` with a label column, or texts for a Hugging Face encoder.
@@ -262,12 +267,20 @@ def calibrate(
     )
     family = replace(family, mode=mode or family.mode, certificate=None)
     check_stages(family, exits)
-    if family.scope == "batch":
-        raise UnsupportedError(
-            "rules whose rows decide together cannot be calibrated per prompt: the batch would be "
-            "the unit. Use a rule that decides per row"
-        )
     clustered = groups is not None and pool is None
+    unit, prompts_of_unit = "cluster" if clustered else "prompt", 1
+    decoding = {"mode": family.mode} | settings
+    if family.scope == "batch":
+        if clustered:
+            raise UnsupportedError(
+                "rows of this rule decide together, so a batch of prompts is the unit of the test, "
+                "and batches of prompts from several clusters are not independent. Use a rule that "
+                "decides per row, or name the `pool` that prompts were drawn from"
+            )
+        split = replace(split, test=in_batches(split.test, batch_size))
+        clustered, unit = True, f"batch of {batch_size} prompts drawn at random"
+        prompts_of_unit = batch_size
+        decoding["batch_size"] = batch_size
     n_test = len(split.test) if not clustered else len(np.unique(split.test.groups))  # type: ignore[arg-type]
     _log.info(
         "this promise (risk %g, delta %g) needs at least %d units; the test split has %d",
@@ -280,16 +293,16 @@ def calibrate(
     facts = Facts(
         fingerprints=fingerprints(model, exits)
         | _data_fingerprints(units, tokenizer, model, dataset),
-        decoding={"mode": family.mode} | settings,
+        decoding=decoding,
         split=split.record(int(rng)),
         pool=pool,
-        unit="cluster" if clustered else "prompt",
+        unit=unit,
     )
     if n_test < needed:
         why = (
             f"Too few units: the test split has {n_test}, and this promise needs at least "
             f"{needed} in the test even if "
-            f"every loss is zero (about {total_units(needed)} prompts in all)."
+            f"every loss is zero (about {total_units(needed) * prompts_of_unit} prompts in all)."
         )
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
     path = bench.path(risk=risk, members=members)
@@ -385,17 +398,21 @@ class _Bench:
     def run(
         self, units: Units, policy: Policy, description: str, *, labels: bool = True
     ) -> tuple[Run, ...]:
-        """Generate units under a policy."""
-        return run_units(
+        """Generate units under a policy; units that decide together in the order given."""
+        run = partial(
+            run_units,
             self.model,
-            units,
-            policy,
+            policy=policy,
             deployment=self.deployment,
             labels=labels,
             tier=self.tier,
-            progress=self.progress,
             description=description,
         )
+        if policy.scope == "row":
+            return run(units, progress=self.progress)
+        size = self.deployment.batch_size
+        batches = (range(start, start + size) for start in range(0, len(units), size))
+        return tuple(done for rows in batches for done in run(units.select(rows), progress=False))
 
     def path(self, *, risk: float, members: int) -> Path:
         """Trace the model's own text on the fit split and place the members.
@@ -417,14 +434,23 @@ class _Bench:
             tier=self.tier,
         )
         binary = self.loss.binary or self.loss.sequence is not None
-        return choose_path(self.family, trace, risk=risk, members=members, any_token=binary)
+        return choose_path(
+            self.family,
+            trace,
+            risk=risk,
+            members=members,
+            any_token=binary,
+            seed=self.deployment.seed,
+            batch_size=self.deployment.batch_size,
+        )
 
     def seconds(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
-        """Seconds per generated token of each policy, one prompt at a time."""
-        few = self.split.fit.select(range(min(4, len(self.split.fit))))
+        """Seconds per generated token, one prompt at a time, or as many as decide together."""
+        rows = self.deployment.batch_size if self.family.scope == "batch" else 1
+        few = self.split.fit.select(range(min(max(4, rows), len(self.split.fit))))
         return from_first(
             lambda: seconds_per_token(
-                self.model, few, policies, deployment=self.deployment, tier=self.tier
+                self.model, few, policies, deployment=self.deployment, rows=rows, tier=self.tier
             )
         )
 
@@ -489,7 +515,7 @@ class _Bench:
             loss=self.loss.name,
             unit="prompt",
         )
-        certificate = facts.completed(result.certificate)
+        certificate = facts.completed(replace(result.certificate, unit=facts.unit))
         walked = {
             "mean_depth": depths,
             "exit_layers": [*self.exits.layers, layers],
@@ -591,6 +617,12 @@ class _Bench:
         )
         never = self.family.member(float("inf"))
         return replace(never, certificate=facts.completed(certificate))
+
+
+def in_batches(units: Units, size: int) -> Units:
+    """Whole batches of units, in the order given (the split's, which is random), as clusters."""
+    count = len(units) // size * size
+    return replace(units.select(range(count)), groups=np.repeat(np.arange(count // size), size))
 
 
 def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> float:

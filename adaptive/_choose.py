@@ -127,6 +127,11 @@ class Chooser:
         probabilities = torch.softmax(scores, dim=-1)
         return (probabilities / self.noise.at(index, probabilities)).argmax(dim=-1), scores
 
+    @property
+    def plain(self) -> bool:
+        """Whether the choice is the likeliest token of the raw logits."""
+        return not self.processors and self.noise is None
+
     def each(self, ids: Tensor, logits: Tensor, start: int, prompt: int) -> Tensor:
         """Choose at several successive slots, each after its own prefix of ``ids``.
 
@@ -142,7 +147,7 @@ class Chooser:
         -------
         Tensor, int64 [batch, n]
         """
-        if not self.processors and self.noise is None:
+        if self.plain:
             return logits.argmax(dim=-1)
         chosen = [
             self(ids[:, : start + offset + 1], logits[:, offset], start + offset + 1 - prompt)[0]

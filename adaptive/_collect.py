@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from adaptive._choose import Chooser
 from adaptive._deployment import Deployment
@@ -65,10 +65,11 @@ def collect(
     -------
     Trace
         One row per generated token but the first, which the prompt's own pass decides. Loss
-        ``disagreement``; columns ``answers [n, n_exits]``, ``choices [n]`` (the full model's),
-        ``emitted [n]`` (the text's) and ``positions [n]``, and ``asked [n, n_exits]`` if some exit
-        was not. Units of a single token have no rows
-        and are left out. Costs are measured seconds per token.
+        ``disagreement``; columns ``answers [n, n_exits]`` (the likeliest token of each exit, which
+        is what rules read), ``choices [n]`` (the full model's), ``emitted [n]`` (the text's) and
+        ``positions [n]``. Where logits are processed or sampled, ``exit_choices [n, n_exits]``
+        (elsewhere the answers); where some exit was not asked, ``asked [n, n_exits]``. Units of a
+        single token have no rows and are left out. Costs are measured seconds per token.
 
     Raises
     ------
@@ -126,18 +127,22 @@ def _read(
 ) -> dict[str, Tensor]:
     """Scores, answers and full choices of a batch, each ``[batch, n, ...]``."""
     choices = choices_along(states[-1], readout, ids, prompt, chooser)
-    answers = torch.stack(
-        [
+
+    def of_exits(chooser: Chooser) -> Tensor:
+        columns = [
             choices_along(exits.translate(exit, states[exit]), readout, ids, prompt, chooser)
             for exit in range(len(exits.layers))
-        ],
-        dim=-1,
-    )
-    return {
+        ]
+        return torch.stack(columns, dim=-1)
+
+    answers = of_exits(Chooser(LogitsProcessorList(), None))
+    found = {"answers": answers.to(torch.int32), "choices": choices}
+    if not chooser.plain:
+        answers = of_exits(chooser)
+        found["exit_choices"] = answers.to(torch.int32)
+    return found | {
         "scores": _scores(exits, states, readout, score, stages),
         "disagreement": answers != choices[:, :, None],
-        "answers": answers.to(torch.int32),
-        "choices": choices,
     }
 
 

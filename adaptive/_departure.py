@@ -46,7 +46,9 @@ class Departures:
         return (self.index >= 0).astype(np.float64)
 
 
-def first_departures(policy: Policy, knobs: Sequence[float], trace: Trace) -> Departures:
+def first_departures(
+    policy: Policy, knobs: Sequence[float], trace: Trace, *, seed: int = 0
+) -> Departures:
     r"""Derive every member's first departure from one trace of the full model's own text.
 
     Up to its first departure a run's text is the full model's text. In ``exact`` mode its keys
@@ -62,6 +64,8 @@ def first_departures(policy: Policy, knobs: Sequence[float], trace: Trace) -> De
         Members of the path.
     trace : Trace
         From :func:`collect_trace`, on the model's own continuation under the deployed settings.
+    seed : int
+        Seed of the deployment (``rng`` of :func:`collect_trace`), for rules that read noise.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def first_departures(policy: Policy, knobs: Sequence[float], trace: Trace) -> De
             "every loss comes from a "
             f"real generation"
         )
-    answers = np.asarray(trace.columns["answers"])
+    chosen = np.asarray(trace.columns.get("exit_choices", trace.columns["answers"]))
     choices = np.asarray(trace.columns["choices"])
     emitted = np.asarray(trace.columns["emitted"])
     positions = np.asarray(trace.columns["positions"])
@@ -97,12 +101,13 @@ def first_departures(policy: Policy, knobs: Sequence[float], trace: Trace) -> De
                 f"{different} tokens that are not the full model's choice",
                 "a trace of the model's own text",
             )
-    table = np.concatenate([answers, emitted[:, None]], axis=1)
+    table = np.concatenate([chosen, emitted[:, None]], axis=1)
     starts = np.concatenate(([0], np.cumsum(trace.lengths)[:-1]))
     rows = np.arange(trace.n_tokens)
     found, tokens = [], []
     for knob in knobs:
-        said = table[rows, exit_stages(policy.rule.with_knob(knob), trace, stages=policy.stages)]
+        rule = policy.rule.with_knob(knob)
+        said = table[rows, exit_stages(rule, trace, stages=policy.stages, seed=seed)]
         # the row of a unit's first difference; rows behind all tokens stand for "none"
         place = np.where(said != emitted, rows, trace.n_tokens)
         first = np.minimum.reduceat(place, starts)
@@ -163,14 +168,15 @@ def regenerated(
     Returns
     -------
     tuple of tuple of int
-        Text of every unit: the full model's where nothing departs. Where the rule has memory, or
-        the decoding samples or has processors, departing units are generated from their start.
+        Text of every unit: the full model's where nothing departs. Where the rule has memory or
+        reads noise, or the decoding samples or has processors, departing units are generated from
+        their start.
     """
     found = [tuple(text) for text in texts]
     moved = [int(i) for i in np.flatnonzero(departed >= 0)]
     if not moved:
         return tuple(found)
-    if _has_memory(policy) or not _is_plain(model, deployment):
+    if _has_memory(policy) or "noise" in policy.needs or not _is_plain(model, deployment):
         runs = run_units(
             model,
             units.select(moved),
@@ -232,7 +238,7 @@ def derived_sequence_losses(
     -------
     ndarray of float64 [n_units, n_members]
     """
-    departures = first_departures(policy, knobs, trace)
+    departures = first_departures(policy, knobs, trace, seed=deployment.seed)
     columns = []
     for column, knob in enumerate(knobs):
         early = regenerated(
@@ -330,7 +336,7 @@ def path_losses(
         tier=tier,
     )
     if loss == "departure":
-        found[long] = first_departures(policy, knobs, trace).losses
+        found[long] = first_departures(policy, knobs, trace, seed=deployment.seed).losses
         return found
     measure = loss if callable(loss) else unit_loss(loss, bound=None).sequence
     assert measure is not None

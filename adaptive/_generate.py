@@ -270,7 +270,9 @@ def _prepared(
     check_processors(logits_processor)
     new_tokens = generation_config.max_length - input_ids.shape[1]
     settings = decoding_settings(model, generation_config, logits_processor, new_tokens=new_tokens)
-    mismatches = certificate_mismatches(policy, model, exits, settings, tokenizer=tokenizer)
+    mismatches = certificate_mismatches(
+        policy, model, exits, settings, batch_size=input_ids.shape[0], tokenizer=tokenizer
+    )
     if mismatches and own["certified"]:
         raise CertificateMismatchError(
             f"the policy's certificate does not apply here: {'; '.join(mismatches)}. "

@@ -33,7 +33,14 @@ class Path:
 
 
 def choose_path(
-    policy: Policy, trace: Trace, *, risk: float, members: int, any_token: bool
+    policy: Policy,
+    trace: Trace,
+    *,
+    risk: float,
+    members: int,
+    any_token: bool,
+    seed: int = 0,
+    batch_size: int = 1,
 ) -> Path:
     """Place members where their predicted risk is a given part of the promise.
 
@@ -52,10 +59,19 @@ def choose_path(
         At most this many, full computation not counted.
     any_token : bool
         Predict the share of units with any disagreement, not the share of tokens.
+    seed : int
+        Of the deployment, for rules that read noise.
+    batch_size : int
+        Units that decide together, for rules whose rows do.
     """
     knobs = policy.rule.knobs(trace, size=GRID)
     predicted = np.array(
-        [_predicted(policy.member(knob), trace, any_token=any_token) for knob in knobs]
+        [
+            _predicted(
+                policy.member(knob), trace, any_token=any_token, seed=seed, batch_size=batch_size
+            )
+            for knob in knobs
+        ]
     )
     return place_members(knobs, predicted, risk=risk, members=members)
 
@@ -82,18 +98,22 @@ def place_members(
     return Path(tuple(knobs[i] for i in chosen), predicted[chosen])
 
 
-def _predicted(policy: Policy, trace: Trace, *, any_token: bool) -> float:
+def _predicted(
+    policy: Policy, trace: Trace, *, any_token: bool, seed: int, batch_size: int
+) -> float:
     """Mean loss of a member if the full model's text were its own."""
-    wrong = token_losses(policy, trace)
+    wrong = token_losses(policy, trace, seed=seed, batch_size=batch_size)
     starts = np.concatenate(([0], np.cumsum(trace.lengths)[:-1]))
     sums = np.add.reduceat(wrong.astype(np.float64), starts)
     # the first token of a text is read off the prompt at full depth and is not in the trace
     return float(np.mean(sums > 0) if any_token else np.mean(sums / (trace.lengths + 1)))
 
 
-def token_losses(policy: Policy, trace: Trace) -> NDArray[np.bool_]:
+def token_losses(
+    policy: Policy, trace: Trace, *, seed: int = 0, batch_size: int = 1
+) -> NDArray[np.bool_]:
     """Whether each token of a trace would differ from the full model's choice, ``[n_tokens]``."""
-    stages = exit_stages(policy.rule, trace, stages=policy.stages)
+    stages = _stages(policy, trace, seed=seed, batch_size=batch_size)
     table = np.concatenate(
         [
             np.asarray(trace.losses["disagreement"], dtype=bool),
@@ -103,3 +123,15 @@ def token_losses(policy: Policy, trace: Trace) -> NDArray[np.bool_]:
     )
     found: NDArray[np.bool_] = table[np.arange(trace.n_tokens), stages]
     return found
+
+
+def _stages(policy: Policy, trace: Trace, *, seed: int, batch_size: int) -> NDArray[np.int64]:
+    """Stage of each token; units that decide together are taken in the order of the trace."""
+    if policy.scope == "row":
+        return exit_stages(policy.rule, trace, stages=policy.stages, seed=seed)
+    batches = (
+        trace.select(np.arange(start, min(start + batch_size, trace.n_units)))
+        for start in range(0, trace.n_units, batch_size)
+    )
+    parts = [exit_stages(policy.rule, part, stages=policy.stages, seed=seed) for part in batches]
+    return np.concatenate(parts)

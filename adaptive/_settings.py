@@ -134,12 +134,13 @@ def certificate_mismatches(
     exits: Exits,
     settings: dict[str, Any],
     *,
+    batch_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[str, ...]:
     """Say in which respects a run is outside what the policy's certificate was earned under.
 
     The tokenizer and its chat template are compared where the caller passes the tokenizer: token
-    ids alone do not show them.
+    ids alone do not show them. The size of the batch is compared where its rows decide together.
 
     Returns
     -------
@@ -165,6 +166,11 @@ def certificate_mismatches(
         found.append(
             f"another mode: certified in {certificate.decoding.get('mode')!r}, running in "
             f"{policy.mode!r}"
+        )
+    if policy.scope == "batch" and batch_size != certificate.decoding.get("batch_size"):
+        found.append(
+            f"another batch size: its rows decide together, certified for batches of "
+            f"{certificate.decoding.get('batch_size')}, running {batch_size}"
         )
     for name, here in settings.items():
         earned = certificate.decoding.get(name)

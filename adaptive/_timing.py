@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from adaptive._deployment import Deployment
 from adaptive._exits import Exits
 from adaptive._generate import generate
-from adaptive._inputs import Units
+from adaptive._inputs import Units, batches
 from adaptive._tier import Tier, executor_for
 from adaptive.policies import Policy
 
@@ -117,10 +117,11 @@ def seconds_per_token(
     policies: Sequence[Policy],
     *,
     deployment: Deployment,
+    rows: int = 1,
     tier: Tier | None = None,
     repeats: int = 3,
 ) -> NDArray[np.float64]:
-    """Seconds per generated token of real runs, one unit at a time, policies taking turns.
+    """Seconds per generated token of real runs, policies taking turns.
 
     Parameters
     ----------
@@ -129,6 +130,8 @@ def seconds_per_token(
         Few are enough.
     policies : sequence of Policy
     deployment : Deployment
+    rows : int
+        Units decoded together.
     tier : {"native", "generic"}, optional
     repeats : int
         Rounds; the median over rounds is returned.
@@ -142,17 +145,13 @@ def seconds_per_token(
     for turn in range(repeats):
         for column, policy in enumerate(policies):
             spent = tokens = 0.0
-            for index, prompt in enumerate(units.prompts):
-                ids = torch.tensor([prompt], device=model.device)
-                work = _Timed(
-                    model,
-                    ids,
-                    replace(policy, certificate=None),
-                    deployment.arguments([units.ids[index]]),
-                    tier,
-                )
+            for index, ids, mask in batches(units, size=rows, pad=0, device=model.device):
+                arguments = deployment.arguments([units.ids[i] for i in index])
+                if rows > 1:
+                    arguments["attention_mask"] = mask
+                work = _Timed(model, ids, replace(policy, certificate=None), arguments, tier)
                 spent += seconds(work, model.device)
-                tokens += work.generated
+                tokens += work.generated * len(index)
             found[turn, column] = spent / max(1.0, tokens)
     return np.asarray(np.median(found, axis=0))
 

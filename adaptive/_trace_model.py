@@ -52,7 +52,9 @@ def collect_trace(
     -------
     Trace
         Scores and disagreement with the full model per token and exit, measured costs per stage;
-        columns ``answers``, ``choices``, ``emitted`` and ``positions``.
+        columns ``answers``, ``choices``, ``emitted`` and ``positions``, and ``exit_choices`` where
+        logits are processed or sampled (``answers`` are the likeliest tokens of the raw logits,
+        which is what rules read).
 
     Raises
     ------

@@ -56,7 +56,7 @@ class Features:
     pruned_logits : Tensor [batch, kept], optional
         Logits of the exit's readout over its pruned vocabulary.
     answer : Tensor, int64 [batch], optional
-        The token the exit's readout would emit.
+        The likeliest token of the exit's readout, before any processor and without sampling.
     noise : Tensor, float32 [batch], optional
         One uniform draw in [0, 1) per unit and position, the same at every stage (`keyed_noise`).
     running : Tensor, bool [batch], optional

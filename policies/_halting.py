@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError
 from adaptive.policies._base import Features, State, needed
-from adaptive.policies._statistic import AbstractStatisticRule, check_knob
+from adaptive.policies._statistic import AbstractStatisticRule
 
 
 @dataclass(frozen=True)
@@ -22,36 +22,47 @@ class QuantileExit(AbstractStatisticRule):
     PonderNet, PALBERT's Q-exit and Ouro, and clipped into [0, 1]: an exit without a score (minus
     infinity) halts nothing. At full depth the mass is 1 by definition.
 
+    The knob slows halting down as in :class:`SampledExit`: 1 is the published rule, ``inf`` never
+    stops. At slowness ``s`` the rule is the published one at the quantile ``1 - (1 - q)^s``, so the
+    path runs through all quantiles; but gates trained on agreement put nearly all mass on the first
+    stages, where quantiles differ in digits that a float does not have, and slownesses in the
+    first.
+
     Parameters
     ----------
+    slowness : float
+        Positive.
     quantile : float
-        ``q``; PALBERT uses 0.5. At 1 or above it never stops early.
+        ``q`` in (0, 1); PALBERT uses 0.5.
 
     References
     ----------
     .. [1] Balagansky and Gavrilov, "PALBERT: teaching ALBERT to ponder", NeurIPS 2022.
     """
 
-    knob_name: ClassVar[str] = "quantile"
+    knob_name: ClassVar[str] = "slowness"
     strict: ClassVar[bool] = True
 
-    quantile: float = math.inf
+    slowness: float = math.inf
+    quantile: float = 0.5
 
     def __post_init__(self) -> None:
-        check_knob("quantile", self.quantile)
+        _check_slowness(self.slowness)
+        if not 0.0 < self.quantile < 1.0:
+            raise InvalidArgumentError("quantile", self.quantile, "in (0, 1)")
 
     def tables(self, *, device: torch.device) -> State:
-        """None."""
-        return {}
+        """Logarithm of the mass that may be left."""
+        return {"passing": torch.log1p(torch.tensor(-self.quantile, device=device))}
 
     def memory(self, batch_size: int, *, device: torch.device) -> State:
-        """Probability of not having halted yet."""
-        return {"alive": torch.ones(batch_size, device=device)}
+        """Logarithm of the probability of not having halted yet, at slowness 1."""
+        return {"log_alive": torch.zeros(batch_size, device=device)}
 
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mass halted so far."""
-        alive = state["alive"] * (1.0 - score.clamp(0.0, 1.0))
-        return 1.0 - alive, state | {"alive": alive}
+        """Largest slowness at which the mass exceeds the quantile by now."""
+        log_alive = state["log_alive"] + torch.log1p(-score.clamp(0.0, 1.0))
+        return _slowness(log_alive, state["passing"]), state | {"log_alive": log_alive}
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,7 @@ class SampledExit(AbstractStatisticRule):
     slowness: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.slowness > 0.0:
-            raise InvalidArgumentError("slowness", self.slowness, "positive")
+        _check_slowness(self.slowness)
 
     def tables(self, *, device: torch.device) -> State:
         """None."""
@@ -94,54 +104,69 @@ class SampledExit(AbstractStatisticRule):
         """Largest slowness at which this draw has halted by now: ``log S / log(1 - u)``."""
         log_alive = state["log_alive"] + torch.log1p(-score.clamp(0.0, 1.0))
         passing = torch.log1p(-needed(features.noise, "noise"))
-        ratio = torch.where(passing < 0, log_alive / passing, _LARGEST).clamp(max=_LARGEST)
-        value = torch.where(log_alive < 0, ratio, -math.inf)
-        return value, state | {"log_alive": log_alive}
-
-
-_LARGEST = 1e30  # a finite stand-in for "halts at every slowness"
+        return _slowness(log_alive, passing), state | {"log_alive": log_alive}
 
 
 @dataclass(frozen=True)
 class TruncatedSumExit(AbstractStatisticRule):
     """Stop when the share of the remaining mass that JEI-DNN's gates put here reaches a level.
 
-    With gates ``g`` (the scores), ``p_l = max(0, min(g_l, 1 - sum_{j<l} g_j))`` and the share is
-    ``p_l / (1 - sum_{j<l} p_j)``; the published level is 0.5.
+    With gates ``g`` (the scores) divided by the slowness ``s``,
+    ``p_l = max(0, min(g_l / s, 1 - sum_{j<l} g_j / s))`` and the share is
+    ``p_l / (1 - sum_{j<l} p_j)``. The published rule has slowness 1 and level 0.5.
+
+    The knob is the slowness, not the level: gates that are probabilities of agreement add up to 1
+    within a few stages, the share there is 1, and no level keeps a token from stopping then.
 
     Parameters
     ----------
+    slowness : float
+        Positive; ``inf`` never stops early.
     level : float
-        In (0, 1], or above 1 to never stop early.
+        In (0, 1].
 
     References
     ----------
     .. [1] Chataoui et al., "JEI-DNN", ICLR 2024.
     """
 
-    knob_name: ClassVar[str] = "level"
+    knob_name: ClassVar[str] = "slowness"
 
-    level: float = math.inf
+    slowness: float = math.inf
+    level: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.level > 0.0:
-            raise InvalidArgumentError("level", self.level, "positive")
+        _check_slowness(self.slowness)
+        if not 0.0 < self.level <= 1.0:
+            raise InvalidArgumentError("level", self.level, "in (0, 1]")
 
     def tables(self, *, device: torch.device) -> State:
-        """None."""
-        return {}
+        """Level."""
+        return {"level": torch.tensor(self.level, device=device)}
 
     def memory(self, batch_size: int, *, device: torch.device) -> State:
-        """Mass that the gates before have not taken."""
-        return {"left": torch.ones(batch_size, device=device)}
+        """Sum of the gates before."""
+        return {"total": torch.zeros(batch_size, device=device)}
 
     def statistic(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
-        """Share of the remaining mass taken here; 1 when none remains; -inf when none is taken."""
-        left = state["left"]
-        taken = torch.clamp(torch.minimum(torch.nan_to_num(score, nan=0.0), left), min=0.0)
-        share = torch.where(left > 0, taken / left, 1.0)
-        share = torch.where(torch.isnan(score) | (share <= 0), -math.inf, share)
-        return share, state | {"left": left - taken}
+        """Largest slowness at which the share reaches the level; -inf where the gate is closed."""
+        total, gate = state["total"], score.clamp(min=0.0)
+        value = torch.where(score > 0, total + gate / state["level"], -math.inf)
+        return value, state | {"total": total + gate}
+
+
+_LARGEST = 1e30  # a finite stand-in for "halts at every slowness"
+
+
+def _slowness(log_alive: Tensor, passing: Tensor) -> Tensor:
+    """Largest ``s`` at which ``alive ** (1 / s)`` is below ``exp(passing)``; -inf if none is."""
+    ratio = torch.where(passing < 0, log_alive / passing, _LARGEST).clamp(max=_LARGEST)
+    return torch.where(log_alive < 0, ratio, -math.inf)
+
+
+def _check_slowness(slowness: float) -> None:
+    if not slowness > 0.0:
+        raise InvalidArgumentError("slowness", slowness, "positive")
 
 
 def halting_distribution(halting: Tensor) -> Tensor:

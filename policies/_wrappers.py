@@ -154,23 +154,31 @@ class Steadiness(AbstractScore):
 
 @dataclass(frozen=True)
 class VoteShare(AbstractScore):
-    """Share of the stages so far that gave the current stage's answer, in (0, 1].
+    """Share of the votes so far that the current stage's answer has, in (0, 1].
 
-    Stages may be layers, sampled answers or models of a cascade.
+    Stages may be layers, sampled answers or models of a cascade. A plain share is 1 after one
+    vote already, so every threshold stops at the first stage or never; some votes against from
+    the start make ``m`` equal votes of ``m`` count for ``m / (m + against)``, which grows with
+    them.
 
     Parameters
     ----------
     n_stages : int
         Most votes that a token can collect (the number of exits), at least 1.
+    against : float
+        Votes against from the start, at least 0, where the score is the plain share.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"answer"})
     upper: ClassVar[float] = 1.0
 
     n_stages: int
+    against: float = 1.0
 
     def __post_init__(self) -> None:
         _check_votes(self.n_stages)
+        if not 0.0 <= self.against < math.inf:
+            raise InvalidArgumentError("against", self.against, "finite, at least 0")
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Votes so far, int64 [batch, n_stages], and their number [batch]."""
@@ -181,7 +189,7 @@ class VoteShare(AbstractScore):
         answer = needed(features.answer, "answer")
         state = _voted(answer, state)
         same = (state["votes"] == answer[:, None]).sum(dim=1)
-        return same / state["cast"], state
+        return same / (state["cast"] + self.against), state
 
     def advance(self, state: State) -> State:
         """Start a new ballot."""

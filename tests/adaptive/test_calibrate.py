@@ -448,10 +448,48 @@ def test_verify_has_no_risk(model: Any, prompts: list[list[int]]) -> None:
         run(model, prompts, policy=policy, mode=None)
 
 
-def test_rows_that_decide_together_are_refused(model: Any, prompts: list[list[int]]) -> None:
+def test_rows_that_decide_together_are_certified_as_batches(
+    model: Any, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """The batch is the unit, its size is part of what is certified, its mean is the loss."""
+    family = Policy(ProbeScore(), AllRows(Threshold()), stages=(0, 1))
+    found = run(model, prompts, 0.3, policy=family, batch_size=4)
+    certificate = found.certificate
+    assert certificate.holds
+    assert certificate.unit == "batch of 4 prompts drawn at random"
+    assert certificate.decoding["batch_size"] == 4
+    by_id = {tokens_hash(tuple(prompt)): prompt for prompt in prompts}
+    names = certificate.split["test_units"]
+    assert certificate.n == len(names) // 4
+    texts = [by_id[name] for name in names]
+    seen = []
+    for start in range(0, 4 * certificate.n, 4):
+        units = read_units(texts[start : start + 4], model=model)
+        runs = run_units(model, units, found, deployment=Deployment(NEW, seed=0), progress=False)
+        seen.append(np.mean([one.disagreement for one in runs]))
+        assert (np.stack([one.stages for one in runs]).std(axis=0) == 0).all()
+    place = certificate.evidence["columns"].index(certificate.index)
+    assert np.mean(seen) == pytest.approx(certificate.evidence["means"][LOSS][place])
+    again = Policy.from_pretrained(found.save_pretrained(tmp_path))
+    rows = torch.tensor([texts[0]] * 4)
+    generate(model, rows, policy=again, max_new_tokens=NEW, do_sample=False)
+    with pytest.raises(CertificateMismatchError, match="certified for batches of 4, running 3"):
+        generate(model, rows[:3], policy=again, max_new_tokens=NEW, do_sample=False)
+
+
+def test_batches_of_clusters_are_refused(model: Any, prompts: list[list[int]]) -> None:
     policy = Policy(ProbeScore(), AllRows(Threshold()), stages=(0,))
-    with pytest.raises(UnsupportedError, match="the batch would be the unit"):
-        run(model, prompts, policy=policy)
+    groups = [i // 2 for i in range(len(prompts))]
+    with pytest.raises(UnsupportedError, match="batches of prompts from several clusters"):
+        run(model, prompts, policy=policy, groups=groups)
+    assert run(model, prompts, 0.3, policy=policy, groups=groups, pool="all", batch_size=4)
+
+
+def test_too_few_batches_says_how_many_prompts(model: Any, prompts: list[list[int]]) -> None:
+    policy = Policy(ProbeScore(), AllRows(Threshold()), stages=(0,))
+    found = run(model, prompts, policy=policy, batch_size=40)
+    needed = minimum_units(RISK, 0.1, loss_type="bounded", bound=1.0)
+    assert f"about {40 * total_units(needed)} prompts" in found.certificate.notes[0]
 
 
 # -- the policy in use ----------------------------------------------------------------------------

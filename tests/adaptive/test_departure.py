@@ -35,7 +35,10 @@ from adaptive.policies import (
     Patience,
     Policy,
     ProbeScore,
+    RandomStage,
+    SampledExit,
     Threshold,
+    exit_stages,
 )
 from adaptive.policies._base import State
 
@@ -184,6 +187,65 @@ def test_other_decoding(model: Any, tools: SimpleNamespace, generation: dict[str
     both = compare_with_real(departures, 0, found.texts, found.real(PROBE.member(0.8)))
     assert (both[:, 0] != both[:, 1]).sum() <= 1
     assert (departures.index >= 0).any()
+
+
+@pytest.mark.parametrize(
+    "rule", [RandomStage(0.8), SampledExit(3.0)], ids=lambda rule: type(rule).__name__
+)
+def test_rules_that_draw_under_the_seed_of_the_deployment(
+    model: Any, tools: SimpleNamespace, rule: AbstractRule
+) -> None:
+    """The deployment's seed is 3: the draws of another seed foretell other departures."""
+    policy = Policy(ProbeScore(), rule, stages=(0, 1, 2))
+    found = case(model, tools.prompts(24, seed=36))
+    knob = getattr(rule, rule.knob_name)  # type: ignore[attr-defined]
+    departures = first_departures(policy, [knob], found.trace, seed=3)
+    runs = found.real(policy)
+    both = compare_with_real(departures, 0, found.texts, runs)
+    assert (both[:, 0] != both[:, 1]).sum() <= 1
+    other = first_departures(policy, [knob], found.trace)
+    assert (other.index != departures.index).sum() > 3
+    derived = derived_sequence_losses(
+        model,
+        found.units,
+        found.texts,
+        policy,
+        [knob],
+        found.trace,
+        loss=edit_loss,
+        deployment=found.deployment,
+    )
+    real = [edit_loss(r.tokens, t, None) for r, t in zip(runs, found.texts, strict=True)]
+    assert (np.abs(derived[:, 0] - real) > 1e-12).sum() <= 1
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [{"repetition_penalty": 5.0}, {"do_sample": True, "temperature": 3.0}],
+    ids=["processors", "sampling"],
+)
+def test_rules_that_read_answers_see_the_same_under_other_decoding(
+    model: Any, tools: SimpleNamespace, generation: dict[str, Any]
+) -> None:
+    """Patience compares the likeliest tokens, in the loop and offline, whatever is emitted."""
+    policy = Policy(ProbeScore(), Patience(1), stages=(0, 1, 2))
+    found = case(model, tools.prompts(24, seed=37), **generation)
+    exit_choices = np.asarray(found.trace.columns["exit_choices"])
+    assert (exit_choices != np.asarray(found.trace.columns["answers"])).mean() > 0.02
+    departures = first_departures(policy, [1.0], found.trace)
+    runs = found.real(policy)
+    both = compare_with_real(departures, 0, found.texts, runs)
+    assert (both[:, 0] != both[:, 1]).sum() <= 1
+    again = collect(
+        model,
+        found.units,
+        [run.tokens for run in runs],
+        deployment=found.deployment,
+        progress=False,
+    )
+    online = np.concatenate([run.stages[1:] for run in runs])
+    np.testing.assert_array_equal(exit_stages(policy.rule, again), online)
+    assert 0.0 < (online < 3).mean() < 1.0
 
 
 def test_texts_that_end(model: Any, greedy: Case, tools: SimpleNamespace) -> None:

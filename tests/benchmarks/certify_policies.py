@@ -5,8 +5,8 @@
     python tests/benchmarks/certify_policies.py --table     # writes the page's tables
 
 The model gets an exit at every layer but the last. A policy is fitted on prompts of its own where
-it has to be, certified by `calibrate` on others (rules of batch scope by `control_risk` over whole
-batches), and run on fresh prompts that nobody has seen. Every seed is in this file. A record is
+it has to be, certified by `calibrate` on others (rules whose rows decide together on whole batches
+of four), and run on fresh prompts that nobody has seen. Every seed is in this file. A record is
 written per policy, and a run that was stopped goes on where it was.
 """
 
@@ -32,19 +32,18 @@ import adaptive._calibrate as calibration_door
 from adaptive import ExitTraining, attach_exits, calibrate, train_exits
 from adaptive._calibrate import mean_run_depth
 from adaptive._collect import collect
-from adaptive._demo import load_shipped
 from adaptive._deployment import Deployment
 from adaptive._exits import Exits
 from adaptive._fingerprint import model_fingerprint
 from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._losses import unit_loss
-from adaptive._path import choose_path
 from adaptive._run import Run
 from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions, training_functions
 from adaptive._tier import executor_for
-from adaptive.calibration import control_risk, mixture_log_p, mixture_upper_bound
+from adaptive.calibration import mixture_log_p, mixture_upper_bound
+from adaptive.examples import load_model
 from adaptive.policies import (
     Features,
     Policy,
@@ -74,7 +73,7 @@ class Bench:
     """The shipped model with an exit at every layer, and prompts by role."""
 
     def __init__(self) -> None:
-        self.model, self.tokenizer = load_shipped()
+        self.model, self.tokenizer = load_model()
         self.exits = self._exits()
         draw = held_out_functions(rng=np.random.default_rng(SEED), maximum_lines=24)
         items = self._cut([prompt.text for prompt in draw])
@@ -204,30 +203,31 @@ def certify(bench: Bench, row: Row) -> dict[str, Any]:
     """Calibrate one policy and run it on fresh prompts."""
     family = row.build(bench.shop)
     loss: dict[str, Any] = {"loss": row.loss} | ({"bound": 1.0} if callable(row.loss) else {})
-    if family.scope == "batch":
-        policy, losses, runs, n_test = _by_batches(bench, family)
-    else:
-        with cheapest_is_best():
-            policy = calibrate(
-                bench.model,
-                bench.calibrating,
-                RISK,
-                DELTA,
-                policy=family,
-                pool=POOL,
-                new_tokens=NEW,
-                batch_size=64,
-                members=3,
-                tokenizer=bench.tokenizer,
-                rng=SEED % 1000,
-                progress=False,
-                **loss,
-            )
-        assert policy.certificate is not None
-        n_test = policy.certificate.n
-        runs = bench.run(bench.fresh, policy)
-        measured = unit_loss(row.loss, bound=loss.get("bound"))
-        losses = measured.of(runs, bench.fresh_texts, bench.fresh.references)
+    together = family.scope == "batch"
+    with cheapest_is_best():
+        policy = calibrate(
+            bench.model,
+            bench.calibrating,
+            RISK,
+            DELTA,
+            policy=family,
+            pool=POOL,
+            new_tokens=NEW,
+            batch_size=BATCH if together else 64,
+            members=row.members,
+            tokenizer=bench.tokenizer,
+            rng=SEED % 1000,
+            progress=False,
+            **loss,
+        )
+    assert policy.certificate is not None
+    size = BATCH if together else len(bench.fresh)
+    parts = [range(start, start + size) for start in range(0, len(bench.fresh) - size + 1, size)]
+    runs = tuple(run for part in parts for run in bench.run(bench.fresh.select(part), policy))
+    measured = unit_loss(row.loss, bound=loss.get("bound"))
+    losses = measured.of(runs, bench.fresh_texts, bench.fresh.references)
+    if together:
+        losses = losses.reshape(-1, BATCH).mean(axis=1)
     stops = not math.isinf(knob_of(policy.rule)[1])
     low, high = interval(losses)
     return {
@@ -241,7 +241,7 @@ def certify(bench: Bench, row: Row) -> dict[str, Any]:
         "loss": row.loss if isinstance(row.loss, str) else row.loss.__name__,
         "promised": RISK,
         "delta": DELTA,
-        "n_test": n_test,
+        "n_test": policy.certificate.n,
         "certified": stops,
         "knob": knob_of(policy.rule)[1] if stops else None,
         "n_fresh": int(losses.size),
@@ -274,37 +274,6 @@ def _described(part: Any) -> str:
     inner += getattr(part, "rules", ())
     names = ", ".join(_described(one) for one in inner if one is not None)
     return type(part).__name__ + (f"({names})" if names else "")
-
-
-def _by_batches(
-    bench: Bench, family: Policy
-) -> tuple[Policy, NDArray[np.float64], tuple[Run, ...], int]:
-    """Certify a rule whose rows decide together: the unit is a batch of prompts drawn at random."""
-    test = read_units(bench.calibrating, model=bench.model)
-    inner = replace(family, rule=family.rule.rule)  # type: ignore[attr-defined]
-    path = choose_path(
-        inner, bench.shop.trace(family.score), risk=2.0 * RISK, members=4, any_token=False
-    )
-
-    def batches(units: Units, policy: Policy) -> tuple[NDArray[np.float64], tuple[Run, ...]]:
-        runs = [
-            bench.run(units.select(range(start, start + BATCH)), policy)
-            for start in range(0, len(units) - BATCH + 1, BATCH)
-        ]
-        losses = [float(np.mean([run.disagreement for run in batch])) for batch in runs]
-        return np.array(losses), tuple(run for batch in runs for run in batch)
-
-    result = control_risk(
-        lambda column: batches(test, family.member(path.knobs[column]))[0],
-        n_columns=len(path.knobs),
-        risk=RISK,
-        delta=DELTA,
-        unit=f"batch of {BATCH} prompts",
-        rng=SEED,
-    )
-    policy = family.member(path.knobs[result.index or 0])
-    losses, runs = batches(bench.fresh, policy)
-    return policy, losses, runs, result.certificate.n
 
 
 @torch.no_grad()
@@ -360,16 +329,16 @@ def records() -> list[dict[str, Any]]:
 def end_to_end_table() -> str:
     """Markdown table of what was promised and what came of it."""
     lines = [
-        "| policy | mode | realised risk, 95 % interval | mean depth | a check, in heads |",
-        "|---|---|---|---|---|",
+        "| policy | mode | promised | realised, 95 % interval | mean depth | oracle | check |",
+        "|---|---|---|---|---|---|---|",
     ]
     for found in records():
         low, high = found["interval"]
-        depth = f"{found['mean_depth']:.2f}" + ("" if found["certified"] else " (full)")
+        depth = f"{found['mean_depth']:.2f}"
         lines.append(
-            f"| {found['name']} | `{found['mode']}` | "
+            f"| {found['name']} | `{found['mode']}` | {found['promised']} | "
             f"{found['realised']:.3f} [{low:.3f}, {high:.3f}] | "
-            f"{depth} | {found['check']:.2g} |"
+            f"{depth} | {found['oracle_depth']:.2f} | {found['check']:.2g} |"
         )
     return "\n".join(lines)
 

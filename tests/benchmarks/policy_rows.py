@@ -97,12 +97,13 @@ def calm_textual_consistency(early: Any, full: Any, reference: Any) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One policy: its name, where it comes from, how it is built, what its loss is."""
+    """One policy: its name, where it comes from, how it is built, its loss, members of its path."""
 
     name: str
     source: str
     build: Callable[[Workshop], Policy]
     loss: Any = "disagreement"
+    members: int = 3
 
 
 # The user's own rule, as docs/extending.md shows it.
@@ -180,6 +181,7 @@ def calibrated(base: AbstractScore, method: Any) -> Callable[[Workshop], Policy]
 
 
 TARGETS = tuple(np.linspace(0.99, 0.5, 30).round(4).tolist())
+FINE_TARGETS = tuple(np.linspace(0.96, 0.5, 93).round(4).tolist())
 PROBE, MARGIN = p.ProbeScore(), p.Margin()
 SURE = p.Threshold()
 
@@ -278,9 +280,10 @@ ROWS: tuple[Row, ...] = (
         fitted(
             p.NegativeEntropy(),
             lambda t: p.certified_agreement_thresholds(
-                t, targets=(0.9, 0.85, 0.8, 0.7, 0.6), delta=0.2, n_candidates=8
+                t, targets=FINE_TARGETS, delta=0.5, n_candidates=16
             ),
         ),
+        members=8,  # its steps are coarse: three would pass over the first member that stops
     ),
     # rules with memory within a token
     Row("patience", "PABEE (NeurIPS 2020)", ruled(p.Patience(), p.NoScore())),

@@ -25,14 +25,17 @@ PALBERT = (0.1, 0.2, 0.5)
 
 
 def stages(rule: AbstractRule, scores: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    return exit_stages(rule, _trace(scores), seed=seed)
+
+
+def _trace(scores: np.ndarray) -> Trace:
     n, exits = scores.shape
-    trace = Trace(
+    return Trace(
         scores=scores,
         losses={"disagreement": np.zeros((n, exits), dtype=bool)},
         costs=np.arange(1.0, exits + 2),
         cost_quantity="layers",
     )
-    return exit_stages(rule, trace, seed=seed)
 
 
 def test_palbert_known_answers() -> None:
@@ -41,10 +44,27 @@ def test_palbert_known_answers() -> None:
     np.testing.assert_allclose(found, [0.1, 0.18, 0.36, 0.36], rtol=1e-5)
     np.testing.assert_allclose(found.cumsum(0), [0.1, 0.28, 0.64, 1.0], rtol=1e-5)
     scores = np.array([PALBERT])
-    assert stages(QuantileExit(0.5), scores).tolist() == [2]
-    assert stages(QuantileExit(0.7), scores).tolist() == [3]
-    assert stages(QuantileExit(0.0999), scores).tolist() == [0]
-    assert stages(QuantileExit(1.0), np.ones((1, 3))).tolist() == [3]
+    assert stages(QuantileExit(1.0, quantile=0.5), scores).tolist() == [2]
+    assert stages(QuantileExit(1.0, quantile=0.7), scores).tolist() == [3]
+    assert stages(QuantileExit(1.0, quantile=0.0999), scores).tolist() == [0]
+    assert stages(QuantileExit(), np.ones((1, 3))).tolist() == [3]
+
+
+def test_slowness_runs_through_all_quantiles() -> None:
+    """Slowness s at quantile q is the published rule at the quantile 1 - (1 - q)^s."""
+    scores = np.random.default_rng(1).uniform(0.0, 0.5, (300, 4)).astype(np.float32)
+    mass = halting_distribution(torch.from_numpy(np.c_[scores, np.ones(300)])).cumsum(dim=1)
+    for slowness in (0.3, 1.0, 2.0):
+        published = (mass > 1.0 - 0.5**slowness).numpy().argmax(axis=1)
+        np.testing.assert_array_equal(stages(QuantileExit(slowness), scores), published)
+
+
+def test_a_gate_that_is_nearly_sure_leaves_a_fine_path() -> None:
+    """Masses of 1 - 1e-9 and 1 - 1e-12 are one float; the knob still tells them apart."""
+    scores = np.array([[0.9, 0.999], [0.999, 0.999], [0.999, 0.9999]])
+    path = QuantileExit().knobs(_trace(scores), size=4)
+    assert len(path) == 4
+    assert len({tuple(stages(QuantileExit(knob), scores)) for knob in path}) == 4
 
 
 def test_the_last_stage_takes_what_is_left() -> None:
@@ -63,7 +83,17 @@ def test_jei_dnn_known_answer() -> None:
     gates = torch.tensor([0.6, 0.7, 0.9])
     np.testing.assert_allclose(truncated_distribution(gates), [0.6, 0.4, 0.0, 0.0], atol=1e-7)
     scores = np.array([[0.6, 0.7, 0.9], [0.3, 0.4, 0.9], [0.3, 0.3, 0.1], [0.2, 0.2, 0.2]])
-    assert stages(TruncatedSumExit(0.5), scores).tolist() == [0, 1, 3, 3]
+    assert stages(TruncatedSumExit(1.0), scores).tolist() == [0, 1, 3, 3]
+
+
+def test_slow_gates_are_divided_gates() -> None:
+    """Slowness 2 on some gates is the published rule on half of them, and the path has a scale."""
+    scores = np.random.default_rng(2).uniform(0.3, 1.0, (300, 5)).astype(np.float32)
+    slow = stages(TruncatedSumExit(2.0), scores)
+    np.testing.assert_array_equal(slow, stages(TruncatedSumExit(1.0), scores / 2))
+    assert np.unique(slow).size > 2
+    assert (stages(TruncatedSumExit(1.0), scores) <= 2).all()
+    assert len(TruncatedSumExit().knobs(_trace(scores), size=20)) == 20
 
 
 def test_conditional_activation_is_share_of_the_remaining_mass() -> None:
@@ -77,7 +107,7 @@ def test_conditional_activation_is_share_of_the_remaining_mass() -> None:
         share = np.divide(pmf[:, stage], passing, out=np.ones(500), where=passing > 1e-9)
         expected = np.where((expected == 4) & (share >= 0.5 - 1e-9), stage, expected)
         passing *= 1 - np.minimum(share, 1.0)
-    assert (stages(TruncatedSumExit(0.5), scores) == expected).mean() > 0.995
+    assert (stages(TruncatedSumExit(1.0), scores) == expected).mean() > 0.995
 
 
 def test_sampled_exit_has_the_halting_law() -> None:
@@ -104,16 +134,18 @@ def test_sampling_is_seeded() -> None:
 def test_certain_halting_and_certain_going_on() -> None:
     scores = np.array([[0.0, 1.0], [0.0, 0.0]])
     assert stages(SampledExit(5.0), scores).tolist() == [1, 2]
-    assert stages(QuantileExit(0.999), scores).tolist() == [1, 2]
-    assert stages(TruncatedSumExit(1.0), scores).tolist() == [1, 2]
+    assert stages(QuantileExit(5.0), scores).tolist() == [1, 2]
+    assert stages(TruncatedSumExit(1.0, level=1.0), scores).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: QuantileExit(math.nan), "quantile"),
+        (lambda: QuantileExit(math.nan), "slowness"),
+        (lambda: QuantileExit(1.0, quantile=1.0), "quantile"),
         (lambda: SampledExit(0.0), "slowness"),
-        (lambda: TruncatedSumExit(0.0), "level"),
+        (lambda: TruncatedSumExit(0.0), "slowness"),
+        (lambda: TruncatedSumExit(1.0, level=0.0), "level"),
     ],
 )
 def test_wrong_arguments_are_named(build, message: str) -> None:

@@ -206,7 +206,7 @@ def test_steadiness_waits_for_its_warm_up() -> None:
     ],
 )
 def test_adaptive_consistency(answers: tuple[int, ...], expected: float) -> None:
-    score, share = BetaMajority(8), VoteShare(8)
+    score, share = BetaMajority(8), VoteShare(8, against=0.0)
     state, ballot = score.init(1, device=CPU), share.init(1, device=CPU)
     for answer in answers:
         here = at(answer=torch.tensor([answer]))
@@ -214,6 +214,16 @@ def test_adaptive_consistency(answers: tuple[int, ...], expected: float) -> None
         part, ballot = share.score(here, ballot)
     assert value.item() == pytest.approx(expected, abs=5e-5)
     assert part.item() == pytest.approx(answers.count(answers[-1]) / len(answers))
+
+
+def test_one_vote_is_not_unanimity() -> None:
+    """The plain share of one vote is 1; with a vote against, agreement has to last."""
+    share = VoteShare(4)
+    state, found = share.init(1, device=CPU), []
+    for answer in (5, 5, 5, 2):
+        value, state = share.score(at(answer=torch.tensor([answer])), state)
+        found.append(value.item())
+    assert found == pytest.approx([1 / 2, 2 / 3, 3 / 4, 1 / 5])
 
 
 def test_linear_gate_weighs_the_classes_alike() -> None:
@@ -358,6 +368,7 @@ def test_probe_and_none() -> None:
         (lambda: Steadiness(RECURRENT, 0.5, warmup=1), "base"),
         (lambda: Steadiness(ProbeScore(), 0.5, warmup=0), "warmup"),
         (lambda: VoteShare(0), "n_stages"),
+        (lambda: VoteShare(3, against=-1.0), "against"),
         (lambda: Tempered(ProbeScore(), (0.0,)), "temperatures"),
         (lambda: Calibrated(ProbeScore(), (((0.0, 0.0), (0.0, 1.0)),)), "tables"),
         (lambda: Calibrated(ProbeScore(), (((0.0, 1.0), (1.0, 0.0)),)), "tables"),

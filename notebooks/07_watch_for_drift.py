@@ -134,14 +134,10 @@ assert "alarm" in happened or not policy.certificate.holds, happened
 # This can be planned. Rare labels make it long.
 
 # %%
+watching = RiskMonitor(0.1, average_run_length=1e4)
 for rate in (1.0, 0.1):
     print(f"labels for {rate:.0%} of the units:")
-    print(
-        plan_detection(
-            0.1, average_run_length=1e4, audit_rate=rate, factor=2.5, horizon=1000, rng=0
-        ),
-        "\n",
-    )
+    print(plan_detection(watching, audit_rate=rate, factor=2.5, quiet=1000, rng=0), "\n")
 
 # %% [markdown]
 # ## Is the promise about false alarms kept?

@@ -8,7 +8,7 @@ import weakref
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor
@@ -19,8 +19,8 @@ from adaptive.calibration import InvalidArgumentError, UnsupportedError
 Tier = Literal["native", "generic"]
 _log = logging.getLogger(__name__)
 _native: weakref.WeakKeyDictionary[PreTrainedModel, NativeExecutor] = weakref.WeakKeyDictionary()
-#: Models whose self-check failed.
-_differing: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+#: Why the self-check of a model failed.
+_differing: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
 
 def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> AbstractExecutor:
@@ -62,7 +62,7 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
 def forget(model: PreTrainedModel) -> None:
     """Drop what is kept for a model."""
     _native.pop(model, None)
-    _differing.discard(model)
+    _differing.pop(model, None)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:
@@ -75,21 +75,34 @@ def _drops_out(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _self_check(model: PreTrainedModel) -> str | None:
     """Build the native executor and keep it if its logits are the model's own; else say why not."""
-    reason = "its logits differ from the model's own on a short text"
     if model in _differing:
-        return reason
-    executor = NativeExecutor(model)
+        return _differing[model]
     tokens = torch.arange(1, 7, device=model.device)[None] % model.config.vocab_size
-    positions = torch.arange(6, device=model.device)[None]
-    executor.begin(batch_size=1, max_length=6, padding=None, positions=positions)
-    hidden = executor.run(0, executor.layers, executor.embed(tokens[:, :5], 0), 0)
-    hidden = executor.run(0, executor.layers, executor.embed(tokens[:, 5:], 5), 5)
-    ours = executor.readout(hidden)[:, -1]
-    executor.end()
     theirs = model(input_ids=tokens, use_cache=False).logits[:, -1]
-    if is_close(ours, theirs):
-        _native[model] = executor
-        return None
-    _differing.add(model)
+    try:
+        executor = NativeExecutor(model)
+        ours = _last_logits(executor, tokens)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # another release of transformers may build the family's models otherwise
+        reason = f"its parts are not as the family describes them ({error})"
+    else:
+        if is_close(ours, theirs):
+            _native[model] = executor
+            return None
+        reason = "its logits differ from the model's own on a short text"
+    _differing[model] = reason
     _log.warning("the native tier is off for %s: %s", type(model).__name__, reason)
     return reason
+
+
+def _last_logits(executor: NativeExecutor, tokens: Tensor) -> Tensor:
+    """Logits ``[1, vocabulary]`` behind ``tokens [1, n]``: a prompt and one token more."""
+    length = tokens.shape[1]
+    positions = torch.arange(length, device=tokens.device)[None]
+    executor.begin(batch_size=1, max_length=length, padding=None, positions=positions)
+    hidden = executor.embed(tokens[:, :-1], 0)
+    executor.run(0, executor.layers, hidden, 0)
+    hidden = executor.embed(tokens[:, -1:], length - 1)
+    hidden = executor.run(0, executor.layers, hidden, length - 1)
+    executor.end()
+    return executor.readout(hidden)[:, -1]

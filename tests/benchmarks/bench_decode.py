@@ -15,6 +15,7 @@ b  Realised over ideal speed-up of exits prescribed by position, batch 1, `propa
    is full depth over early exits, both through our native tier, the prompt's share taken off.
    Keep ``--steps`` a multiple of 32: then every pattern ends with nothing owed.
 d  The same for `exact` and `verify`, at several inbox sizes.
+e  As a, native tier only, for other families than Llama (`--families`), half as deep.
 c  Time that the checks add to a token, as a share of a decode step at full depth.
 
 Parts that are not run keep the figures they have in the results.
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import adaptive
 from adaptive import attach_exits, generate
@@ -114,6 +115,28 @@ def build(options: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
+def build_other(family: str, options: argparse.Namespace) -> PreTrainedModel:
+    """Random model of another family, of the benchmark's width and half its depth."""
+    torch.manual_seed(0)
+    width, layers, heads = options.width, options.layers // 2, options.width // 64
+    names = {"GPT2": ("n_embd", "n_layer", "n_head", "n_inner")}
+    usual = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    sizes = dict(zip(names.get(family, usual), (width, layers, heads, 4 * width), strict=True))
+    if family == "OPT":
+        sizes["ffn_dim"] = sizes.pop("intermediate_size")
+        sizes["word_embed_proj_dim"] = width
+    if family.startswith("Gemma"):
+        sizes |= {"head_dim": 64, "num_key_value_heads": heads // 2}
+    kind = {"Gemma3": "Gemma3Text"}.get(family, family)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=options.vocabulary, bos_token_id=1, eos_token_id=None, pad_token_id=0, **sizes
+    )
+    head = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    model: PreTrainedModel = getattr(transformers, head)(config).eval().to(options.device)
+    attach_exits(model, tuple(layers * part // 4 for part in (1, 2, 3)))
+    return model
+
+
 class Clock:
     """Seconds of a piece of work: CPU time of this process, or wall time of a device."""
 
@@ -171,7 +194,7 @@ def unchecked() -> Policy:
 
 
 def _call(
-    model: LlamaForCausalLM, ids: Tensor, new: int, policy: Policy | None, **settings: Any
+    model: PreTrainedModel, ids: Tensor, new: int, policy: Policy | None, **settings: Any
 ) -> Callable[[], Any]:
     """A generation that is ready to run; without a policy, transformers' own."""
     common = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -181,32 +204,45 @@ def _call(
 
 
 def part_a(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    return full_depth(model, options, clock, tiers=("native", "generic"))
+
+
+def part_e(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for family in options.families.split(","):
+        other = build_other(family, options)
+        size = sum(parameter.numel() for parameter in other.parameters())
+        print(f"    {family}, {size / 1e6:.0f}M parameters")
+        found = full_depth(other, options, clock, tiers=("native",))
+        report[family] = found | {"parameters": size}
+    return report
+
+
+def full_depth(
+    model: PreTrainedModel, options: argparse.Namespace, clock: Clock, *, tiers: tuple[str, ...]
+) -> dict[str, Any]:
+    """Whole calls at full depth on each tier against `model.generate`, batch 1 and 8."""
     report: dict[str, Any] = {}
     full = Policy(NoScore(), Threshold(), stages=(2,))
     for batch in (1, 8):
         ids = torch.randint(2, options.vocabulary, (batch, options.prompt), device=options.device)
         new = options.tokens
         same = torch.equal(_call(model, ids, new, full)(), _call(model, ids, new, None)())
+        ours = {tier: _call(model, ids, new, full, tier=tier) for tier in tiers}
         times = rounds(
-            {
-                "model.generate": _call(model, ids, new, None),
-                "native": _call(model, ids, new, full, tier="native"),
-                "generic": _call(model, ids, new, full, tier="generic"),
-            },
+            {"model.generate": _call(model, ids, new, None)} | ours,
             count=options.rounds,
             clock=clock,
         )
         plain = times["model.generate"]
         row = {
             "ms_per_token": {k: float(np.median(v)) / new * 1e3 for k, v in times.items()},
-            "model.generate / native": ratio(plain, times["native"]),
-            "model.generate / generic": ratio(plain, times["generic"]),
             "same_tokens": same,
-        }
+        } | {f"model.generate / {tier}": ratio(plain, times[tier]) for tier in tiers}
         report[f"batch {batch}"] = row
         per_step = {name: round(value, 2) for name, value in row["ms_per_token"].items()}
         print(f"    batch {batch}, ms per step {per_step}")
-        for tier in ("native", "generic"):
+        for tier in tiers:
             found = shown(row[f"model.generate / {tier}"])
             print(f"    speed of {tier} against model.generate {found}")
     return report
@@ -401,6 +437,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--families", default="GPTNeoX,GPT2,Phi3,Gemma2", help="part e")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
@@ -411,7 +448,7 @@ def main() -> None:
     clock = Clock(options.device)
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
     how = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    for letter, part in (("a", part_a), ("b", part_b), ("c", part_c), ("d", part_d)):
+    for letter, part in (("a", part_a), ("b", part_b), ("c", part_c), ("d", part_d), ("e", part_e)):
         if letter in options.parts:
             print(f"({letter})")
             report[letter] = part(model, options, clock) | {

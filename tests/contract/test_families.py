@@ -589,6 +589,20 @@ def test_wrong_positions_fall_back(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(executor_for(model), GenericExecutor)
 
 
+def test_parts_that_do_not_fit_fall_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = helpers.tiny("gpt2")
+    family = family_of(model)
+    assert family.native is not None
+    renamed = replace(family.native, embed=lambda model: model.transformer.wte_of_tomorrow)
+    monkeypatch.setattr(_registry, "FAMILIES", (replace(family, native=renamed),))
+    assert isinstance(executor_for(model), GenericExecutor)
+    assert "its parts are not as the family describes them" in caplog.text
+    with pytest.raises(UnsupportedError, match="no attribute 'wte_of_tomorrow'"):
+        executor_for(model, tier="native")
+
+
 def test_layers_built_otherwise_are_refused_by_name() -> None:
     model = helpers.tiny("llama")
     for layer in model.model.layers:

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptive.calibration._drift import ScoreDrift
 from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._monitor import AbstractRiskMonitor
+from adaptive.calibration._slowing_down import SlowingDown
 from adaptive.calibration._validation import as_floats, check_count
 
 Array = NDArray[np.float64]
@@ -28,11 +30,12 @@ class Detector(Protocol):
 
 
 class OnlineMonitor:
-    """A risk monitor of one stream with river's names, for code written for those.
+    """A monitor of one stream with river's names, for code written for those.
 
     Parameters
     ----------
-    monitor : RiskMonitor or LifetimeRiskMonitor
+    monitor : RiskMonitor, LifetimeRiskMonitor, ScoreDrift or SlowingDown
+        The first two read losses, the others scores.
     restart : bool
         Begin anew at the update after an alarm, as river's detectors do; otherwise it stays on.
 
@@ -51,19 +54,26 @@ class OnlineMonitor:
     (True, True)
     """
 
-    def __init__(self, monitor: AbstractRiskMonitor, *, restart: bool = False) -> None:
-        if not isinstance(monitor, AbstractRiskMonitor):
-            raise InvalidTypeError("monitor", monitor, "a RiskMonitor or LifetimeRiskMonitor")
-        self.monitor = monitor
+    def __init__(
+        self, monitor: AbstractRiskMonitor | ScoreDrift | SlowingDown, *, restart: bool = False
+    ) -> None:
+        if not isinstance(monitor, AbstractRiskMonitor | ScoreDrift | SlowingDown):
+            allowed = "a RiskMonitor, LifetimeRiskMonitor, ScoreDrift or SlowingDown"
+            raise InvalidTypeError("monitor", monitor, allowed)
+        self.monitor: Any = monitor
         self.restart = restart
-        self.state = monitor.init()
+        self.state: Any = monitor.init()
 
     def update(self, x: float, *, expected: float | None = None) -> None:
-        """Read one more loss, with its expected value if there is one."""
+        """Read one more loss or score; a risk monitor takes the expected loss beside it."""
         if self.restart and self.drift_detected:
             self.state = self.monitor.restart(self.state, [0])
-        levels = None if expected is None else [expected]
-        self.state = self.monitor.update(self.state, [x], expected=levels)
+        beside = {} if expected is None else {"expected": [expected]}
+        if beside and not isinstance(self.monitor, AbstractRiskMonitor):
+            raise InvalidArgumentError("expected", expected, "left out: only losses have one")
+        scores = isinstance(self.monitor, ScoreDrift)
+        values = self.monitor.features([x]) if scores else [x]
+        self.state = self.monitor.update(self.state, values, **beside)
 
     @property
     def drift_detected(self) -> bool:
@@ -147,7 +157,7 @@ def try_detector(make: Callable[[], Detector], losses: ArrayLike, *, change: int
         A new detector: ``lambda: OnlineMonitor(RiskMonitor(0.05))``,
         ``lambda: river_detector("ADWIN")``, or one of your own.
     losses : array_like [units, n_streams] or [units]
-        Simulated (`BernoulliStream`, ...) or recorded losses.
+        Simulated (`BernoulliStream`, ...) or recorded losses, or whatever the detector reads.
     change : int
         Units before the change; all of them for streams without one.
 

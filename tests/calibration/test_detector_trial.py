@@ -17,11 +17,14 @@ from adaptive.calibration import (
     OnlineMonitor,
     RampStream,
     RiskMonitor,
+    ScoreDrift,
+    SlowingDown,
     UnsupportedError,
     early_warning_signals,
     plan_detection,
     river_detector,
     simulate_fold,
+    simulate_ou,
     try_detector,
     try_monitor,
 )
@@ -120,8 +123,24 @@ def test_the_online_monitor_has_rivers_names_and_stays_on_or_restarts():
     explained = OnlineMonitor(RiskMonitor(0.1))
     explained.update(1.0, expected=1.0)
     assert explained.evidence == 1.0
-    with pytest.raises(TypeError, match="`monitor` must be a RiskMonitor"):
+    with pytest.raises(TypeError, match="`monitor` must be a RiskMonitor, Lif"):
         OnlineMonitor("ADWIN")
+
+
+def test_monitors_of_scores_go_on_trial_like_those_of_losses(rng):
+    scores = rng.normal(size=(400, 4)) - 1.5 * (np.arange(400) >= 200)[:, None]
+    drift = ScoreDrift.fit(rng.normal(size=500), average_run_length=1e4)
+    trial = try_detector(lambda: OnlineMonitor(drift), scores, change=200)
+    assert trial.missed == 0.0
+    state = drift.init(4)
+    for row in scores:
+        state = drift.update(state, drift.features(row, range(4)))
+    assert trial.first_detection.tolist() == state.first_alarm.tolist()
+    slowing = SlowingDown(2.0, 0.1, average_run_length=1e4)
+    paths = simulate_ou(400, rate=0.2, noise=0.1, streams=4, rng=rng)
+    assert try_detector(lambda: OnlineMonitor(slowing), paths, change=0).missed == 0.0
+    with pytest.raises(ValueError, match="`expected` must be left out"):
+        OnlineMonitor(drift).update(0.5, expected=0.1)
 
 
 @pytest.mark.parametrize(

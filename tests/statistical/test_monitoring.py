@@ -22,6 +22,7 @@ from adaptive.calibration import (
     ScoreAudits,
     UniformAudits,
     combine_evidence,
+    control_risk,
     corrected_losses,
     corrected_range,
     plan_detection,
@@ -302,3 +303,21 @@ def test_the_mean_of_dependent_evidence_keeps_the_promise_and_the_largest_does_n
         peaks["largest"] = np.maximum(peaks["largest"], evidence.max(axis=1))
     assert keeps(peaks["mean"] >= length, 0.1)
     assert not keeps(peaks["largest"] >= length, 0.1)
+
+
+def test_a_certificate_and_its_monitor_are_quiet_on_ten_times_the_traffic(rng):
+    """Levels add up, delta + alpha; wrong: the cheapest member whose measured mean is low."""
+    replicates, n, risk, delta, alpha = 400, 200, 0.05, 0.1, 0.05
+    risks = np.append(0.0, np.linspace(0.01, 0.12, 23))
+    certified, measured = np.zeros(replicates), np.zeros(replicates)
+    for i in range(replicates):
+        losses = (rng.random((n, 1)) < risks).astype(float)
+        found = control_risk(losses, risk=risk, delta=delta, loss_type="binary", rng=i)
+        certified[i] = risks[found.index or 0]
+        measured[i] = risks[losses.mean(axis=0) <= risk].max()
+    monitor = LifetimeRiskMonitor(risk, alpha=alpha)
+    quiet = (rng.random((10 * n, replicates)) < certified).astype(float)
+    assert certified.mean() > 0.01, "something was certified"
+    assert keeps(alarmed(monitor, quiet), delta + alpha)
+    hoped = (rng.random((10 * n, replicates)) < measured).astype(float)
+    assert not keeps(alarmed(monitor, hoped), delta + alpha)

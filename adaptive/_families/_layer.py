@@ -74,13 +74,15 @@ class AbstractNorm(abc.ABC):
 
 @dataclass(frozen=True)
 class RootMeanSquare(AbstractNorm):
-    """``x / rms(x) * gain``."""
+    """``x / rms(x) * gain``; in low precision rounded before the gain, as Llama does it."""
 
     gain: Tensor
     eps: float
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """See :class:`AbstractNorm`."""
+        if hidden.dtype != torch.float32:
+            return self.finish(self.bare(hidden))
         return F.rms_norm(hidden, hidden.shape[-1:], self.gain, self.eps)
 
     def bare(self, hidden: Tensor) -> Tensor:

@@ -157,7 +157,9 @@ def test_long_prompts_go_in_pieces(name: str, tier: Any) -> None:
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "phi", "gemma", "gemma2", "gemma3", "gpt2", "opt", "gpt-neox"]
+)
 @modes
 def test_bfloat16(name: str, mode: Mode) -> None:
     model = helpers.tiny(name, exits=False).to(torch.bfloat16)

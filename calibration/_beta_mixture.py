@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count, check_number
+from adaptive.calibration._validation import as_floats, check_count, check_number
 
 Array = NDArray[np.float64]
 CLIP = 1e-4
@@ -352,7 +352,7 @@ def maximise_beta_mixture(
 
 def clipped_unit_interval(name: str, values: ArrayLike) -> Array:
     """`values` moved into [1e-4, 1 - 1e-4], after a check that they lie in [0, 1]."""
-    x = np.asarray(values, dtype=np.float64)
+    x = as_floats("values", values)
     if not ((x >= 0.0) & (x <= 1.0)).all():
         raise InvalidArgumentError(name, values, "in [0, 1]")
     return np.clip(x, CLIP, 1.0 - CLIP)

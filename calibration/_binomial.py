@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_probability
+from adaptive.calibration._validation import as_floats, check_probability, numeric
 
 _TINY = 1e-280
 _STEPS = 20_000
@@ -176,8 +176,8 @@ def ratio_log_p(
 def _counts(
     errors: ArrayLike, n_units: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    k = np.asarray(errors, dtype=np.float64)
-    n = np.asarray(n_units, dtype=np.float64)
+    k = as_floats("errors", errors)
+    n = as_floats("n_units", n_units)
     for name, value in (("errors", k), ("n_units", n)):
         if not (np.isfinite(value).all() and (value == np.floor(value)).all()):
             raise InvalidArgumentError(name, value, "a whole number (a count, not a mean)")
@@ -187,14 +187,14 @@ def _counts(
 
 
 def _levels(risk: ArrayLike) -> NDArray[np.float64]:
-    level = np.asarray(risk, dtype=np.float64)
+    level = as_floats("risk", risk)
     if not ((level > 0.0) & (level < 1.0)).all():
         raise InvalidArgumentError("risk", risk, "in (0, 1)")
     return level
 
 
 def _boolean(name: str, value: ArrayLike) -> NDArray[np.bool_]:
-    array = np.asarray(value)
+    array = numeric(name, value)
     if not np.isin(array, (0, 1)).all():
         raise InvalidArgumentError(name, "other values", "0 or 1")
     return array.astype(bool)

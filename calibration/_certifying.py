@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from adaptive.calibration._certificate import Certificate
+from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._examination import Examiner
 from adaptive.calibration._planning import minimum_units
 from adaptive.calibration._testing import Tested
@@ -97,9 +98,12 @@ def _why_not(examiner: Examiner, tested: Tested, i: int) -> str:
     if test.asymptotic:
         return f"The {test.name} test was not passed by column {tested.visited[0]}, the first."
     level = max(tested.levels.values())
-    least = minimum_units(
-        source.risk, level, method=test, loss_type=source.test_type, bound=source.bound
-    )
+    try:
+        least = minimum_units(
+            source.risk, level, method=test, loss_type=source.test_type, bound=source.bound
+        )
+    except InvalidArgumentError as error:
+        return f"{n} {examiner.settings.unit}s are too few by far: {error}."
     if n < least:
         return (
             f"{n} {examiner.settings.unit}s are too few: with zero {source.name} on all of them "

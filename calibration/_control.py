@@ -12,13 +12,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._certificate import Certificate
 from adaptive.calibration._certifying import certificate_of
-from adaptive.calibration._errors import InvalidArgumentError
+from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._examination import Examiner, Settings
 from adaptive.calibration._losses import LossColumns, Losses, groups_of, loss_columns
 from adaptive.calibration._procedures import AbstractProcedure, procedure_of
 from adaptive.calibration._risk_test import AbstractRiskTest
 from adaptive.calibration._testing import mask_of
-from adaptive.calibration._validation import Rng, as_generator, check_probability, group_codes
+from adaptive.calibration._validation import (
+    Rng,
+    as_generator,
+    check_flag,
+    check_probability,
+    check_word,
+    group_codes,
+    label_array,
+    numeric,
+)
 
 Progress = Callable[[int, float], None]
 
@@ -192,7 +201,10 @@ def control_risk(
     >>> control_risk(losses, risk=0.05, loss_type="binary").index
     2
     """
-    check_probability("delta", delta)
+    delta = check_probability("delta", delta)
+    check_word("unit", unit)
+    if progress is not None and not callable(progress):
+        raise InvalidTypeError("progress", progress, "a callable `progress(column, log_p_value)`")
     sources = loss_columns(
         losses, risk=risk, bound=bound, loss_type=loss_type, n_columns=n_columns, name=loss
     )
@@ -207,7 +219,7 @@ def control_risk(
         unit="cluster" if groups is not None and not per_group else unit,
     )
     price = _costs(costs, sources[0].n_columns)
-    if per_group:
+    if check_flag("per_group", per_group):
         if groups is None:
             raise InvalidArgumentError("groups", None, "given with `per_group`")
         return _control_per_group(sources, groups, settings, price, progress)
@@ -273,8 +285,10 @@ def _control_per_group(
     price: NDArray[np.float64] | None,
     progress: Progress | None,
 ) -> RiskControlResult:
-    labels = np.asarray(groups)
+    labels = label_array(groups)
     codes, names = group_codes(labels, labels.size)
+    if len({str(name) for name in names}) < len(names):
+        raise InvalidArgumentError("groups", names, "labels that also differ as text")
     shared = dataclasses.replace(settings, delta=settings.delta / len(names))
     parts = {
         str(name): _control(
@@ -319,7 +333,7 @@ def _control_per_group(
 def _costs(costs: ArrayLike | None, count: int) -> NDArray[np.float64] | None:
     if costs is None:
         return None
-    price = np.asarray(costs, dtype=np.float64)
+    price = numeric("costs", costs).astype(np.float64)
     if price.shape != (count,) or not np.isfinite(price).all():
         raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
     return price

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count, check_number
+from adaptive.calibration._validation import as_floats, check_count, check_number
 
 Array = NDArray[np.float64]
 BETS = (0.25, 0.5, 0.75, 0.95)
@@ -113,7 +113,7 @@ class MeanEProcess:
         InvalidArgumentError
             If a value is NaN, infinite or above the bound.
         """
-        x = np.asarray(values, dtype=np.float64)
+        x = as_floats("values", values)
         on = np.ones(x.shape, bool) if active is None else np.asarray(active, dtype=bool)
         if x.shape != state.units.shape or on.shape != x.shape:
             raise InvalidArgumentError("values", f"shape {x.shape}", f"{state.units.shape}")
@@ -139,7 +139,7 @@ class MeanEProcess:
         log_wealth : ndarray [n_bets]
             After the last value, for the next call.
         """
-        x = np.asarray(values, dtype=np.float64)
+        x = as_floats("values", values)
         if x.ndim != 1:
             raise InvalidArgumentError("values", f"shape {x.shape}", "a vector")
         self._check(x)

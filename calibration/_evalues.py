@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_probability
+from adaptive.calibration._validation import as_floats, check_probability
 
 Array = NDArray[np.float64]
 
@@ -72,7 +72,7 @@ def p_to_log_e(p_values: ArrayLike, *, power: float | None = None) -> Array:
     Vovk and Wang (2021), E-values: calibration, combination and applications,
     doi:10.1214/20-AOS2020.
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    p = as_floats("p_values", p_values)
     if not ((p >= 0.0) & (p <= 1.0)).all():
         raise InvalidArgumentError("p_values", p_values, "in [0, 1]")
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -86,7 +86,7 @@ def p_to_log_e(p_values: ArrayLike, *, power: float | None = None) -> Array:
 
 
 def _logs(log_e: ArrayLike) -> Array:
-    logs = np.asarray(log_e, dtype=np.float64)
+    logs = as_floats("log_e", log_e)
     if np.isnan(logs).any():
         raise InvalidArgumentError("log_e", "NaN", "free of NaN")
     return logs

@@ -10,7 +10,7 @@ from scipy import stats
 
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._trace import Trace
-from adaptive.calibration._validation import check_count, check_probability
+from adaptive.calibration._validation import as_floats, check_count, check_probability
 
 Array = NDArray[np.float64]
 
@@ -216,7 +216,7 @@ def _table_and_rates(scores: ArrayLike, rates: ArrayLike) -> tuple[Array, Array]
 
 
 def _scores(name: str, scores: ArrayLike, ndim: int) -> Array:
-    values = np.asarray(scores, dtype=np.float64)
+    values = as_floats(name, scores)
     if values.ndim != ndim or values.size == 0:
         raise InvalidArgumentError(name, f"shape {values.shape}", f"non-empty with {ndim} axes")
     if np.isnan(values).any():

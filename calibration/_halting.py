@@ -13,7 +13,7 @@ from adaptive.calibration._binomial import binomial_log_p
 from adaptive.calibration._certificate import Certificate
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._risk_test import INDEPENDENT
-from adaptive.calibration._validation import check_probability, require_binary
+from adaptive.calibration._validation import as_floats, check_probability, require_binary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,8 +236,8 @@ def _largest_log_p(table: Array, wrong: Array, thresholds: Array, risk: float) -
 
 
 def _checked(scores: ArrayLike, losses: ArrayLike) -> tuple[Array, Array]:
-    table = np.asarray(scores, dtype=np.float64)
-    wrong = np.asarray(losses, dtype=np.float64)
+    table = as_floats("scores", scores)
+    wrong = as_floats("losses", losses)
     if table.ndim != 2 or table.size == 0 or np.isnan(table).any():
         raise InvalidArgumentError("scores", f"shape {table.shape}", "[n_units, n_exits], no NaN")
     if wrong.shape != table.shape:

@@ -12,7 +12,7 @@ from scipy import special
 from adaptive.calibration._binomial import binomial_log_p
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._inversion import invert_log_p
-from adaptive.calibration._validation import check_positive, check_probability
+from adaptive.calibration._validation import as_floats, check_positive, check_probability
 
 Array = NDArray[np.float64]
 
@@ -184,7 +184,7 @@ def _scaled(
 ) -> tuple[Array, Array, Array]:
     upper = check_positive("bound", bound)
     sums, n, level = np.broadcast_arrays(
-        *(np.asarray(v, dtype=np.float64) for v in (total, n_units, risk))
+        as_floats("total", total), as_floats("n_units", n_units), as_floats("risk", risk)
     )
     sums, level = sums / upper, level / upper
     if not ((n >= 1) & (n == np.floor(n))).all():

@@ -18,7 +18,10 @@ from adaptive.calibration._validation import (
     check_choice,
     check_count,
     check_risk,
+    check_word,
     group_codes,
+    label_array,
+    numeric,
     require_at_most,
     require_binary,
     require_finite,
@@ -90,7 +93,7 @@ class LossColumns:
         InvalidArgumentError
             If a loss is not finite, above the bound, or not 0/1 where declared so.
         """
-        values = np.asarray(self.read(column))
+        values = numeric("losses", self.read(column))
         if values.ndim != 1 or values.size == 0:
             raise InvalidArgumentError(
                 "losses", f"shape {values.shape} for column {column}", "[n_units] per column"
@@ -102,7 +105,7 @@ class LossColumns:
 
     def cluster(self, groups: ArrayLike) -> LossColumns:
         """Return the same loss with the cluster as the unit: its mean over the cluster."""
-        labels = np.asarray(groups)
+        labels = label_array(groups)
         codes, _ = group_codes(labels, labels.size)
         return dataclasses.replace(self, codes=codes)
 
@@ -111,10 +114,7 @@ class LossColumns:
         return dataclasses.replace(self, select=select)
 
     def _checked(self, values: NDArray[Any], column: int) -> Array:
-        try:
-            matrix = np.ascontiguousarray(values, dtype=np.float64)[:, None]
-        except (TypeError, ValueError) as error:
-            raise InvalidTypeError("losses", values, "an array of real numbers") from error
+        matrix = np.ascontiguousarray(values, dtype=np.float64)[:, None]
         require_finite("losses", matrix, first_column=column)
         if self.loss_type == "binary":
             require_binary("losses", matrix, first_column=column)
@@ -178,6 +178,7 @@ def _one(
 ) -> LossColumns:
     if isinstance(losses, TransformedLosses):
         return _transformed(name, losses, risk, bound, loss_type)
+    check_word("loss", name)
     level, upper = check_risk(risk, bound)
     kind = check_choice("loss_type", loss_type, ("bounded", "binary"))
     if kind == "binary" and upper != 1.0:
@@ -192,11 +193,11 @@ def _one(
         return LossColumns(
             name, level, upper, kind, check_count("n_columns", n_columns, least=2), losses
         )
-    array = np.asarray(losses)
+    array = numeric("losses", losses)
     if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
         expected = "[n_units, n_columns] with column 0 for full computation and one more"
         raise InvalidArgumentError("losses", f"shape {array.shape}", expected)
-    if n_columns is not None and n_columns != array.shape[1]:
+    if n_columns is not None and check_count("n_columns", n_columns) != array.shape[1]:
         raise InvalidArgumentError("n_columns", n_columns, f"{array.shape[1]}, as in `losses`")
     return LossColumns(name, level, upper, kind, array.shape[1], lambda column: array[:, column])
 

@@ -15,6 +15,7 @@ from adaptive.calibration._binomial import log_betainc
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._inversion import invert_log_p
 from adaptive.calibration._validation import (
+    as_floats,
     check_count,
     check_number,
     check_positive,
@@ -228,7 +229,7 @@ def beta_mixture_log_wealth(
     """Log e-value of `beta_mixture_log_p`, which may be negative; parameters as there."""
     a, b = (check_positive("prior", shape) for shape in prior)
     k, n, m = np.broadcast_arrays(
-        *(np.asarray(v, dtype=np.float64) for v in (errors, n_units, risk))
+        as_floats("errors", errors), as_floats("n_units", n_units), as_floats("risk", risk)
     )
     if not ((m > 0.0) & (m < 1.0)).all():
         raise InvalidArgumentError("risk", risk, "in (0, 1)")

@@ -18,7 +18,13 @@ from adaptive.calibration._methods import choose_test
 from adaptive.calibration._risk_curve import DepartureCurve, RiskCurve
 from adaptive.calibration._risk_test import AbstractRiskTest
 from adaptive.calibration._transformed_losses import TransformedLosses
-from adaptive.calibration._validation import Rng, as_generator, check_probability
+from adaptive.calibration._validation import (
+    Rng,
+    as_floats,
+    as_generator,
+    check_probability,
+    numeric,
+)
 
 Array = NDArray[np.float64]
 
@@ -80,7 +86,7 @@ def pareto_front(objectives: ArrayLike) -> NDArray[np.intp]:
     >>> pareto_front([[0.1, 5.0], [0.2, 3.0], [0.3, 4.0], [0.4, 1.0]])
     array([0, 1, 3])
     """
-    values = np.asarray(objectives, dtype=np.float64)
+    values = as_floats("objectives", objectives)
     if values.ndim != 2 or not np.isfinite(values).all():
         raise InvalidArgumentError("objectives", f"shape {values.shape}", "finite, [n, objectives]")
     kept: list[int] = []
@@ -153,7 +159,7 @@ def control_risk_split(
     if groups_of(sources) is not None:
         raise InvalidArgumentError("losses", "a trace with groups", "of units without groups")
     count = sources[0].n_columns
-    price = np.asarray(costs, dtype=np.float64)
+    price = numeric("costs", costs).astype(np.float64)
     if price.shape != (count,) or not np.isfinite(price).all():
         raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
     generator = as_generator(rng)

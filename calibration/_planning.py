@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -82,7 +83,10 @@ def _minimum(risk: float, delta: float, method: str | AbstractRiskTest, loss_typ
         log_p = test.log_p_values(np.zeros((n, 1)), risk=risk, delta=delta, bound=1.0)
         return bool(log_p[0] <= math.log(delta))
 
-    low = max(1, math.ceil(math.log(delta) / math.log1p(-risk)) - 1)
+    least = math.log(delta) / math.log1p(-risk) if risk > sys.float_info.min else math.inf
+    if least > _LARGEST:
+        raise InvalidArgumentError("risk", risk, f"certifiable with {_LARGEST} units")
+    low = max(1, math.ceil(least) - 1)
     high = low
     while not certified(high):
         if high > _LARGEST:

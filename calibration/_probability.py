@@ -14,7 +14,7 @@ from scipy import optimize, special
 
 from adaptive.calibration._beta_mixture import clipped_unit_interval
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count, check_positive
+from adaptive.calibration._validation import as_floats, check_count, check_positive
 
 Array = NDArray[np.float64]
 
@@ -41,9 +41,7 @@ class Temperature:
 
     def __call__(self, logits: ArrayLike) -> Array:
         """Probabilities [..., n_classes] of logits [..., n_classes]."""
-        found: Array = special.softmax(
-            np.asarray(logits, dtype=np.float64) / self.temperature, axis=-1
-        )
+        found: Array = special.softmax(as_floats("logits", logits) / self.temperature, axis=-1)
         return found
 
 
@@ -145,7 +143,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> Temperature:
     ----------
     Guo, Pleiss, Sun and Weinberger (2017), On calibration of modern neural networks, ICML.
     """
-    table = np.asarray(logits, dtype=np.float64)
+    table = as_floats("logits", logits)
     classes = np.asarray(labels)
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
         raise InvalidArgumentError("logits", f"shape {table.shape}", "finite [n, n_classes]")

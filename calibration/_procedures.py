@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from adaptive.calibration._testing import (
     walk_fixed_sequence,
     walk_graph,
 )
+from adaptive.calibration._validation import check_count
 
 
 class AbstractProcedure(abc.ABC):
@@ -173,11 +175,13 @@ class Graph(AbstractProcedure):
 
     def aim(self, delta: float, n_columns: int) -> float:
         """Return the smallest level that a column starts with."""
-        return delta * min(weight for weight in self.weights if weight > 0.0)
+        return delta * min((weight for weight in self.weights if weight > 0.0), default=1.0)
 
     def run(self, evaluate: Evaluate, *, n_columns: int, delta: float) -> Tested:
         """Test columns as weight reaches them."""
         weight, edges = check_graph(self.weights, self.transitions, n_columns)
+        if not weight[1:].any():
+            raise InvalidArgumentError("weights", self.weights, "positive for some column but 0")
         return walk_graph(evaluate, weights=weight, transitions=edges, delta=delta)
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,11 +196,13 @@ def procedure_of(
     procedure: str | AbstractProcedure, *, starts: Sequence[int] = (1,), **settings: Any
 ) -> AbstractProcedure:
     """Return a procedure by name, or the given one as it is."""
+    first = _starts(starts)
     if isinstance(procedure, AbstractProcedure):
+        if first != (1,):
+            raise InvalidArgumentError("starts", starts, "left out where `procedure` is an object")
         return procedure
     if not isinstance(procedure, str):
         raise InvalidTypeError("procedure", procedure, "a name or an AbstractProcedure")
-    first = tuple(starts)
     if procedure == "fixed-sequence":
         return FixedSequence(first)
     if procedure == "upper-bound":
@@ -211,6 +217,12 @@ def procedure_of(
         return Holm()
     names = ", ".join(map(repr, NAMES[:-1]))
     raise InvalidArgumentError("procedure", procedure, f"one of {names} or a `Graph`")
+
+
+def _starts(starts: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(starts, str) or not isinstance(starts, Iterable):
+        raise InvalidTypeError("starts", starts, "a sequence of columns")
+    return tuple(check_count("starts", start, least=-sys.maxsize) for start in starts)
 
 
 def _refuse_column_zero(starts: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from adaptive.calibration._binomial import binomial_upper_bound
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._extras import optional
 from adaptive.calibration._probability import equal_mass_edges
+from adaptive.calibration._validation import as_floats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +142,7 @@ def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> floa
 
 
 def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    p = np.asarray(probabilities, dtype=np.float64)
+    p = as_floats("probabilities", probabilities)
     y = np.asarray(labels, dtype=np.float64)
     if p.ndim != 1 or p.size == 0 or not ((p >= 0.0) & (p <= 1.0)).all():
         raise InvalidArgumentError("probabilities", probabilities, "a non-empty vector in [0, 1]")

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._threshold_counts import threshold_counter
 from adaptive.calibration._trace import Trace
-from adaptive.calibration._validation import check_count
+from adaptive.calibration._validation import as_floats, check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -299,7 +299,8 @@ def _counts(mean: NDArray[np.float64], trace: Trace) -> NDArray[np.int64]:
 def _prepared(
     trace: Trace, thresholds: ArrayLike, loss: str, warmup: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.intp]]:
-    values = np.array(thresholds, dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 a threshold is infinite
+        values = as_floats("thresholds", thresholds).astype(np.float32)
     if values.ndim != 1 or values.size == 0 or np.isnan(values).any():
         raise InvalidArgumentError("thresholds", thresholds, "a non-empty vector without NaN")
     if loss not in trace.losses:

@@ -16,6 +16,7 @@ from adaptive.calibration._differences import compared
 from adaptive.calibration._eprocess import BETS, MeanEProcess
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._validation import (
+    as_floats,
     check_count,
     check_number,
     check_probability,
@@ -316,7 +317,7 @@ class _ColumnTest:
         return bool(np.logaddexp.reduce(best) - math.log(bets.size) >= self.target)
 
     def _losses(self, column: int, first: int, last: int) -> Array:
-        losses = np.asarray(self.draw(column, first, last), dtype=np.float64)
+        losses = as_floats("draw", self.draw(column, first, last))
         if losses.shape != (last - first,):
             raise InvalidArgumentError(
                 "draw", f"shape {losses.shape} for column {column}", f"of shape ({last - first},)"

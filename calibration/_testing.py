@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count, check_probability
+from adaptive.calibration._validation import as_floats, check_count, check_probability
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -216,7 +216,7 @@ def walk_all(evaluate: Evaluate, *, first: int, count: int, delta: float, rule: 
 
 def check_graph(weights: ArrayLike, transitions: ArrayLike, count: int) -> tuple[Array, Array]:
     """Return weights [n] and transitions [n, n] as float64, checked as `graphical` states."""
-    weight = np.asarray(weights, dtype=np.float64)
+    weight = as_floats("weights", weights)
     edges = np.asarray(transitions, dtype=np.float64)
     if weight.shape != (count,) or not (weight >= 0).all() or weight.sum() > 1.0 + 1e-9:
         raise InvalidArgumentError(
@@ -237,7 +237,7 @@ def log_of_p_values(p_values: ArrayLike) -> Array:
     InvalidArgumentError
         If a p-value is negative or the array is not a non-empty vector.
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    p = as_floats("p_values", p_values)
     if p.ndim != 1 or p.size == 0:
         raise InvalidArgumentError("p_values", f"shape {p.shape}", "a non-empty vector")
     p = np.where(np.isnan(p), 1.0, p)

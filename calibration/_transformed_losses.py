@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._validation import (
     Rng,
+    as_floats,
     as_generator,
     check_number,
     check_positive,
@@ -134,7 +135,7 @@ def thin_by_weights(weights: ArrayLike, *, max_weight: float, rng: Rng = None) -
     von Neumann (1951), rejection sampling; Park, Dobriban, Lee and Bastani (2022), PAC prediction
     sets under covariate shift, ICLR, arXiv:2106.09848.
     """
-    values = np.asarray(weights, dtype=np.float64)
+    values = as_floats("weights", weights)
     ratio, largest = _weights(values, values.size, max_weight)
     return np.flatnonzero(as_generator(rng).random(ratio.size) * largest < ratio)
 
@@ -284,7 +285,7 @@ def _within(losses: Array, bound: float) -> TransformedLosses:
 
 
 def _weights(weights: ArrayLike, n: int, max_weight: float) -> tuple[Array, float]:
-    ratio = np.asarray(weights, dtype=np.float64)
+    ratio = as_floats("weights", weights)
     largest = check_positive("max_weight", max_weight)
     if ratio.shape != (n,) or n == 0:
         raise InvalidArgumentError("weights", f"shape {ratio.shape}", f"of shape ({n},)")

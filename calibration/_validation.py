@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError, InvalidTypeError
 
+_LARGEST = 1e150
 Rng = int | np.random.Generator | None
 
 
@@ -87,11 +88,15 @@ def float_matrix(name: str, value: ArrayLike) -> NDArray[np.float64]:
 
 
 def require_finite(name: str, array: NDArray[np.float64], *, first_column: int = 0) -> None:
-    """Raise if `array` [n_units, n_columns] holds NaN or an infinity; name the place."""
-    if array.size and not (math.isfinite(array.min()) and math.isfinite(array.max())):
-        unit, column = np.argwhere(~np.isfinite(array))[0]
+    """Raise if `array` [n_units, n_columns] holds NaN, an infinity or a number beyond 1e150.
+
+    Squares of larger ones overflow. The error names the place.
+    """
+    if array.size and not (array.min() >= -_LARGEST and array.max() <= _LARGEST):
+        unit, column = np.argwhere(~(np.abs(array) <= _LARGEST))[0]
         place = f"{array[unit, column]} at unit {unit}, column {column + first_column}"
-        raise InvalidArgumentError(name, place, "finite numbers")
+        size = f" of size {_LARGEST:g} at most" if math.isfinite(array[unit, column]) else ""
+        raise InvalidArgumentError(name, place, f"finite numbers{size}")
 
 
 def require_at_most(
@@ -132,11 +137,47 @@ def as_generator(rng: Rng) -> np.random.Generator:
     return np.random.default_rng(check_count("rng", rng, least=0))
 
 
-def group_codes(groups: ArrayLike, n_units: int) -> tuple[NDArray[np.intp], NDArray[Any]]:
+def check_word(name: str, value: object) -> str:
+    """Return `value` if it is a string."""
+    if not isinstance(value, str):
+        raise InvalidTypeError(name, value, "a string")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return `value` as a bool if it is one."""
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidTypeError(name, value, "True or False")
+    return bool(value)
+
+
+def label_array(groups: object) -> NDArray[Any]:
+    """Return labels [n_units] as an array; any hashable objects, none of them missing."""
+    if isinstance(groups, list | tuple) and any(isinstance(g, tuple) for g in groups):
+        labels = np.empty(len(groups), dtype=object)
+        labels[:] = groups
+    else:
+        labels = np.asarray(groups)
+    if labels.ndim != 1:
+        raise InvalidArgumentError("groups", f"shape {labels.shape}", "one label per unit")
+    if labels.dtype == object:
+        missing = np.array([label is None or _undefined(label) for label in labels], dtype=bool)
+    else:
+        missing = labels != labels
+    if np.any(missing):
+        raise InvalidArgumentError(
+            "groups", f"no label at unit {int(np.argmax(missing))}", "a label for every unit"
+        )
+    return labels
+
+
+def group_codes(groups: object, n_units: int) -> tuple[NDArray[np.intp], NDArray[Any]]:
     """Return `(codes, names)`: an integer per unit, names in order of first appearance."""
-    labels = np.asarray(groups)
-    if labels.shape != (n_units,):
+    labels = label_array(groups)
+    if labels.size != n_units:
         raise InvalidArgumentError("groups", f"shape {labels.shape}", f"of shape ({n_units},)")
+    if labels.dtype == object:
+        return _object_codes(labels)
     names, first, codes = np.unique(labels, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
@@ -146,10 +187,54 @@ def group_codes(groups: ArrayLike, n_units: int) -> tuple[NDArray[np.intp], NDAr
 
 def as_floats(name: str, value: ArrayLike) -> NDArray[np.float64]:
     """Return `value` as a float64 array of any shape, or say that it is none."""
+    return numeric(name, value).astype(np.float64, copy=False)
+
+
+def numeric(name: str, value: object) -> NDArray[Any]:
+    """Return `value` as an array of booleans, integers or floats; nothing is read into text.
+
+    Raises
+    ------
+    InvalidTypeError
+        If it is complex, text, dates or objects that are no numbers.
+    InvalidArgumentError
+        If rows differ in length, or values are masked.
+    """
+    expected = "an array of real numbers"
+    if np.ma.is_masked(value):
+        raise InvalidArgumentError(name, "masked values", "without masked values")
     try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InvalidTypeError(name, value, "an array of real numbers") from error
+        array = np.asarray(value)
+        if array.dtype == object:
+            array = array.astype(np.float64)
+    except ValueError as error:
+        if "inhomogeneous" in str(error):
+            raise InvalidArgumentError(name, "rows of different lengths", expected) from error
+        raise InvalidTypeError(name, value, expected) from error
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise InvalidTypeError(name, value, expected) from error
+    if array.dtype.kind not in "biuf":
+        raise InvalidTypeError(name, array, f"{expected}, not of {array.dtype}")
+    return array
+
+
+def _object_codes(labels: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[Any]]:
+    seen: dict[Any, int] = {}
+    try:
+        codes = np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.intp)
+    except TypeError as error:
+        raise InvalidTypeError("groups", labels, "hashable labels") from error
+    names = np.empty(len(seen), dtype=object)
+    names[:] = list(seen)
+    return codes, names
+
+
+def _undefined(label: object) -> bool:
+    """Whether a label is NaN, NaT or NA: not equal to itself, or not even comparable."""
+    try:
+        return bool(label != label)
+    except (TypeError, ValueError):
+        return True
 
 
 def _numeric(name: str, value: ArrayLike) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from adaptive.calibration._procedures import procedure_of
 from adaptive.calibration._sequential_control import again_from
 from adaptive.calibration._tail import control_tail, tail_from
 from adaptive.calibration._trace import Trace
-from adaptive.calibration._validation import group_codes
+from adaptive.calibration._validation import group_codes, label_array
 
 _BATCH = 256
 
@@ -73,7 +73,7 @@ def _groups_differ(
 ) -> Iterator[str]:
     if groups is None:
         raise InvalidArgumentError("groups", None, "given: the certificate is per group")
-    labels = np.asarray(groups)
+    labels = label_array(groups)
     codes, names = group_codes(labels, labels.size)
     recorded = certificate.evidence["groups"]
     if {str(name) for name in names} != set(recorded):

@@ -298,8 +298,8 @@ class LifetimeRiskMonitor(AbstractRiskMonitor):
 
     def spend(self, units: NDArray[np.int64], count: ArrayLike = 1) -> Array:
         """1/(t(t+1)) for unit t, summed over the next `count`."""
-        t = units + 1.0
-        return np.asarray(count / (t * (t + count)))
+        t, n = units + 1.0, np.asarray(count, np.float64)
+        return np.asarray(n / (t * (t + n)))
 
     def false_alarm_limit(self, units: int) -> float:
         """`alpha`, however many."""

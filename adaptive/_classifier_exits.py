@@ -20,6 +20,7 @@ from adaptive._encoders import encoder_layers
 from adaptive._exits import ExitsRecord, default_layers
 from adaptive._fingerprint import lineage, related, tensors_fingerprint
 from adaptive.calibration import CertificateError, InvalidArgumentError
+from adaptive.policies._hub import located, pushed
 
 _CONFIG, _WEIGHTS = "classifier_exits.json", "classifier_exits.safetensors"
 _SCHEMA = 1
@@ -117,16 +118,65 @@ class ClassifierExits(nn.Module):
             partial.write_bytes(content)
             partial.replace(folder / name)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload exits",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to a repository on the hub, made if need be.
+
+        Parameters
+        ----------
+        repo_id : str
+            ``namespace/name``, such as that of the model.
+        private, token, revision, create_pr, commit_message
+            As for models in transformers; ``revision`` is the branch that is written to.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+        """
+        return pushed(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Read exits saved by :meth:`save_pretrained`.
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **download: Any,
+    ) -> Self:
+        """Read exits saved by :meth:`save_pretrained` or uploaded by ``push_to_hub``.
+
+        Parameters
+        ----------
+        directory : str or Path
+            A directory, or ``namespace/name`` of a repository on the hub.
+        revision, token, **download
+            As for :meth:`adaptive.Exits.from_pretrained`.
 
         Raises
         ------
         CertificateError
             If there are none, or they are damaged or of an unknown schema.
         """
-        folder = Path(directory)
+        files = [_CONFIG, _WEIGHTS]
+        folder = located(directory, files, revision=revision, token=token, **download)
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             weights = load_file(folder / _WEIGHTS)

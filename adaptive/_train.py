@@ -101,6 +101,7 @@ def train_exits(
     *,
     layers: Sequence[int] | None = None,
     training: ExitTraining | None = None,
+    column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     checkpoint: str | Path | None = None,
     rng: int = 0,
@@ -122,6 +123,8 @@ def train_exits(
     layers : sequence of int, optional
         Layer counts below the exits; a quarter, a half and three quarters by default.
     training : ExitTraining, optional
+    column : str, optional
+        Key or column of the prompt.
     tokenizer : PreTrainedTokenizerBase, optional
     checkpoint : str or Path, optional
         Directory in which progress is kept. A run that was stopped goes on from there; the
@@ -142,7 +145,7 @@ def train_exits(
         If there are fewer than 4 prompts, or ``checkpoint`` holds another run.
     """
     training = ExitTraining() if training is None else training
-    units = read_units(dataset, model=model, tokenizer=tokenizer).distinct()
+    units = read_units(dataset, model=model, tokenizer=tokenizer, column=column).distinct()
     if len(units) < 4:
         raise InvalidArgumentError(
             "dataset", f"{len(units)} distinct prompts", "at least 4 distinct prompts"

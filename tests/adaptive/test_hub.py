@@ -10,9 +10,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from encoders import tiny_encoder
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from adaptive import Exits, Policy, Threshold, attach_exits
+from adaptive._classifier_exits import ClassifierExits, untrained_exits
 from adaptive.calibration import CertificateError
 from adaptive.policies import ProbeScore
 
@@ -143,6 +145,20 @@ def test_exits_come_back_and_fit_their_model(hub: _Hub, helpers: Any) -> None:
         assert torch.equal(again.state_dict()[name], value)
     assert attach_exits(model, "me/model-exits").layers == (2, 3)
     assert Policy.from_pretrained("me/model-exits") == POLICY
+
+
+def test_exits_of_a_classifier_come_back(hub: _Hub) -> None:
+    model = tiny_encoder("distilbert")
+    exits = untrained_exits(model, (1, 3))
+    with torch.no_grad():
+        exits.probe_bias += 0.5
+    exits.push_to_hub("me/judge", revision="v2")
+    again = ClassifierExits.from_pretrained("me/judge", revision="v2")
+    assert again.fingerprint() == exits.fingerprint()
+    assert again.record == exits.record
+    again.attach(model)
+    with pytest.raises(CertificateError, match="404"):
+        ClassifierExits.from_pretrained("me/judge")
 
 
 def test_what_is_on_disk_comes_first(hub: _Hub) -> None:

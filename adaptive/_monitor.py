@@ -99,9 +99,9 @@ class Ticket:
 class Monitor:
     """Watches a certified policy in use; falls back to full depth and comes back on evidence.
 
-    Make one with :meth:`for_policy` and pass it to :func:`generate` with every call, or put the
-    units of a loop of your own to it: :meth:`begin`, :meth:`audits`, :meth:`finish`. It may be
-    shared by threads.
+    Make one with :meth:`for_policy` and pass it to :func:`~adaptive.generate` with every call, or
+    put the units of a loop of your own to it: :meth:`begin`, :meth:`audits`, :meth:`finish`. It may
+    be shared by threads.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ class Monitor:
         Parameters
         ----------
         policy : Policy
-            From :func:`calibrate`.
+            From :func:`~adaptive.calibrate`.
         journal, snapshot_every, on_event, on_unit, clock
             As in the class.
         alpha : float

@@ -11,35 +11,21 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from documents import NOT_CODE, PAGES, ROOT, RUN, anchors, blocks, indented, links, page_name
+from documents import (
+    NOT_CODE,
+    PAGES,
+    ROOT,
+    RUN,
+    anchors,
+    blocks,
+    indented,
+    links,
+    page_name,
+    put_what_readers_bring,
+)
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MOST_REASONS = 8
-
-
-def put_what_readers_bring(folder: Path) -> None:
-    """Write the model and the prompts that the pages speak of: a tiny model, 100 lines."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=letters[0])
-    tokenizer.save_pretrained(folder / "my-model")
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "my-model")
-    lines = [f"def function_{i}(argument):" for i in range(100)]
-    (folder / "prompts.txt").write_text("\n".join(lines))
 
 
 def run_commands(text: str, folder: Path) -> None:

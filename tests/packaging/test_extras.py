@@ -22,6 +22,15 @@ def test_the_extra_is_declared_and_brings_the_module(module: str) -> None:
     assert module in names
 
 
+def test_the_table_of_extras_is_whole() -> None:
+    """Every extra for users is in the docs, beside what it brings."""
+    page = (ROOT / "docs" / "ecosystem.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| .+ \| (\w+) \|$", page, re.MULTILINE))
+    assert rows == {extra: module for module, extra in EXTRAS.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == set(rows) | {"test", "dev", "docs"}
+
+
 @pytest.mark.parametrize("module", EXTRAS)
 def test_a_missing_one_gives_the_pip_command(module: str, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, module, None)

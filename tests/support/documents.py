@@ -84,6 +84,31 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+def put_what_readers_bring(folder: Path) -> None:
+    """Write the model and the prompts that the pages speak of: a tiny model, 100 lines."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=letters[0])
+    tokenizer.save_pretrained(folder / "my-model")
+    config = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "my-model")
+    lines = [f"def function_{i}(argument):" for i in range(100)]
+    (folder / "prompts.txt").write_text("\n".join(lines))
+
+
 def _tokens(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from adaptive._monitor_journal import Journal, Snapshot
 from adaptive._monitor_records import Event, JournalError, Status, Unit, Watched
 from adaptive._monitor_reference import read_reference
@@ -88,12 +86,15 @@ class Ticket:
         The member that runs; ``None`` for full computation.
     withdrawn : bool
         Set by :meth:`Monitor.withdrawn` when the policy was withdrawn while they ran.
+    coins : list of (float, bool), optional
+        Chances and outcomes of their audits, where these do not depend on scores.
     """
 
     numbers: range
     plan: Plan
     policy: Policy | None
     withdrawn: bool = False
+    coins: list[tuple[float, bool]] | None = None
 
 
 class Monitor:
@@ -216,7 +217,8 @@ class Monitor:
         Raises
         ------
         InvalidArgumentError
-            If the policy has no certificate, or a setting is out of range.
+            If the policy has no certificate, its certificate lacks what a setting needs, or a
+            setting is out of range.
         UnsupportedError
             If the certificate promises several risks, or the mode is ``verify``.
         """
@@ -229,6 +231,10 @@ class Monitor:
             raise UnsupportedError("`verify` mode has no risk to watch: its text is the model's")
         if isinstance(certificate.risk, dict) or isinstance(certificate.bound, dict):
             raise UnsupportedError("a certificate of several risks cannot be monitored yet")
+        if tighten and "knobs" not in certificate.evidence:
+            raise InvalidArgumentError(
+                "tighten", tighten, "0 for a certificate that names no members of a path"
+            )
         reference = read_reference(certificate)
         if audits is None:
             free = policy.mode == "exact"
@@ -332,11 +338,16 @@ class Monitor:
         scores : sequence of float or None, optional
             Mean exit score of each unit; read by `ScoreAudits` only.
         """
+        if ticket.coins is not None:
+            return ticket.coins
         known = [None] * len(ticket.numbers) if scores is None else scores
-        return [
+        coins = [
             audit(self.rules, ticket.plan, number=number, score=score)
             for number, score in zip(ticket.numbers, known, strict=True)
         ]
+        if not isinstance(self.rules.audits, ScoreAudits):
+            ticket.coins = coins
+        return coins
 
     def may_audit(self, ticket: Ticket) -> bool:
         """Whether some unit may need a label, as far as that can be said before it has run."""
@@ -509,10 +520,10 @@ def _range(
     """Return the ends of what the detector is fed: losses, or, by score, their corrections."""
     if not isinstance(audits, ScoreAudits) or curve is None:
         return 0.0, bound
-    expected = np.linspace(min(curve.values), max(curve.values), 513)
-    chances = audits.probabilities(expected.size, expected=expected)
+    expected = [*curve.values, curve.upper]  # the last where there is no score
+    chances = audits.probabilities(len(expected), expected=expected)
     low, high = corrected_range(expected, chances, upper=bound)
-    room = 1e-3 * (high - low)  # between the points of the grid
+    room = 1e-9 * (high - low)  # for the last bits
     return low - room, high + room
 
 

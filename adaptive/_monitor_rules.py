@@ -335,7 +335,8 @@ def _guarded(
     """While the policy is in force."""
     if not (unit.audited and unit.loss is None):
         state = _bet(rules, state, unit)
-    if evidence(rules, state) >= rules.detector.threshold:
+    value = evidence(rules, state)
+    if value >= rules.detector.threshold:
         event = _event(rules, state, "alarm", "fallback", unit, _cause(rules, state), time)
         return _withdrawn(rules, state), (event,)
     if state.status == "probation":
@@ -345,7 +346,7 @@ def _guarded(
         event = _event(rules, state, "clear", "ok", unit, "probation passed", time)
         return replace(state, status="ok"), (event,)
     level = rules.detector.warn * rules.detector.threshold
-    value, signs = evidence(rules, state), rules.signs.warnings(state.signs)
+    signs = rules.signs.warnings(state.signs)
     if state.status == "ok" and (value >= level or signs):
         reason = _cause(rules, state) if value >= level else _MOVED[signs[0]]
         event = _event(rules, state, "warn", "warn", unit, reason, time)

@@ -24,11 +24,18 @@ from adaptive._full_depth import agreement_along
 from adaptive._inputs import read_units
 from adaptive._losses import TOKEN_LOSSES
 from adaptive._monitor_journal import read_journal
+from adaptive._monitor_reference import Reference
 from adaptive._output import AdaptiveOutput
 from adaptive._path import token_losses
 from adaptive._settings import fingerprints
-from adaptive.calibration import Certificate, LifetimeRiskMonitor, UniformAudits
-from adaptive.monitoring import Monitor, Watched
+from adaptive.calibration import (
+    Certificate,
+    ExpectedLossCurve,
+    LifetimeRiskMonitor,
+    ScoreAudits,
+    UniformAudits,
+)
+from adaptive.monitoring import Monitor, Outcome, Watched
 from adaptive.policies import Margin, Mode, Threshold
 
 NEW = 12
@@ -158,6 +165,45 @@ def test_only_audited_units_get_labels(mode: Mode) -> None:
     assert 0 < sum(coins) < 12
     for found, whole in zip(seen, all_of_them, strict=True):
         assert found.unit.loss == (whole.unit.loss if found.unit.audited else None)
+
+
+@modes
+def test_audits_by_score_follow_the_curve(mode: Mode) -> None:
+    policy = certified(mode)
+    certificate = policy.certificate
+    assert certificate is not None
+    quiet = [run(policy, None, seed=seed).exit_scores[:, 1:].nanmean(1) for seed in range(8)]
+    edge = float(torch.cat(quiet).median())
+    curve = ExpectedLossCurve((edge,), (0.5, 0.05), confidence=0.95, n_units=100)
+    evidence = certificate.evidence | Reference(curve=curve).to_evidence()
+    policy = replace(policy, certificate=replace(certificate, evidence=evidence))
+    audits = ScoreAudits(1.0, 0.05)
+    monitor = Monitor.for_policy(policy, audits=audits, seed=2)
+    units = [found.unit for seed in range(8) for found in run(policy, monitor, seed=seed).monitored]
+    expected = curve([unit.score for unit in units])
+    assert len(set(expected)) == 2
+    chances = audits.probabilities(24, expected=expected)
+    assert [unit.probability for unit in units] == pytest.approx(chances.tolist())
+    assert 0 < sum(unit.audited for unit in units) < 24
+    assert [unit.loss is not None for unit in units] == [unit.audited for unit in units]
+    # a unit whose exits were never asked has no score: the curve expects the worst of it
+    ticket = monitor.begin(40)
+    chances, coins = zip(*monitor.audits(ticket, [None] * 40), strict=True)
+    assert set(chances) == {1.0}
+    assert all(coins)
+    monitor.finish(ticket, [Outcome(0.0, None, 6.0, 1)] * 40)
+
+
+def test_as_a_decoding_method_of_the_model() -> None:
+    policy = certified("exact")
+    monitor = Monitor.for_policy(policy)
+    model = helpers.shared("llama")
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    found = model.generate(
+        **inputs(), **settings, custom_generate=generate, policy=policy, monitor=monitor
+    )
+    assert monitor.state.labelled == 3
+    assert torch.equal(found, run(policy, None).sequences)
 
 
 @pytest.mark.parametrize("random", ["generate", "keyed"])
@@ -361,6 +407,11 @@ def test_what_cannot_be_watched_is_refused() -> None:
         run(policy, Monitor.for_policy(policy), resumed=[1, 1, 1])
     with pytest.raises(InvalidArgumentError, match="without a certificate"):
         Monitor.for_policy(replace(policy, certificate=None))
+    bare = replace(policy, certificate=replace(policy.certificate, evidence={}))
+    with pytest.raises(InvalidArgumentError, match="names no members"):
+        Monitor.for_policy(bare, tighten=1)
+    with pytest.raises(InvalidArgumentError, match="without a curve"):
+        Monitor.for_policy(bare, audits=ScoreAudits(1.0, 0.1))
     with pytest.raises(UnsupportedError, match="no risk to watch"):
         Monitor.for_policy(replace(policy, mode="verify"))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +35,16 @@ _Model = Annotated[
 @app.callback()
 def _start(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what is being done.")] = False,
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import", help="Python file with rules or scores of yours; can be given repeatedly."
+        ),
+    ] = None,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    for path in imports or ():
+        _import(path)
 
 
 @app.command()
@@ -78,6 +88,10 @@ def calibrate(
     out: Annotated[
         Path, typer.Option(help="Directory for the policy (and for exits trained here).")
     ],
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a saved policy whose family is calibrated anew."),
+    ] = None,
     risk: Annotated[float, typer.Option(help="Promised risk.")] = 0.05,
     delta: Annotated[float, typer.Option(help="Probability that calibration is misled.")] = 0.05,
     loss: Annotated[
@@ -100,15 +114,20 @@ def calibrate(
         err=True,
     )
     from adaptive._calibrate import calibrate as certify
-    from adaptive._exits import get_exits
+    from adaptive._exits import attach_exits, get_exits
+    from adaptive.policies import Policy
 
+    family = None if policy is None else Policy.from_pretrained(policy)
     loaded, tokenizer = _load(model)
+    if policy is not None and (policy / "exits.json").is_file():
+        attach_exits(loaded, policy)
     had_exits = get_exits(loaded) is not None
-    policy = certify(
+    certified = certify(
         loaded,
         items,
         risk,
         delta,
+        policy=family,
         loss=loss,  # type: ignore[arg-type]
         mode=None if mode == "auto" else mode,  # type: ignore[arg-type]
         new_tokens=new_tokens,
@@ -121,9 +140,9 @@ def calibrate(
     exits = get_exits(loaded)
     if not had_exits and exits is not None:
         exits.save_pretrained(out)
-    path = policy.save_pretrained(out)
+    path = certified.save_pretrained(out)
     console = Console()
-    console.print(str(policy.certificate))
+    console.print(str(certified.certificate))
     console.print(f"Written to {path}.")
 
 
@@ -289,6 +308,17 @@ def read_prompts(path: Path) -> list[Any]:
                 "prompts", f"line {number} of {path}", "a JSON value on every line"
             ) from error
     return items
+
+
+def _import(path: Path) -> None:
+    """Run a Python file, so that saved policies find the classes it defines."""
+    name = f"_imported_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise InvalidArgumentError("import", str(path), "an existing Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

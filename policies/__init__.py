@@ -75,7 +75,12 @@ from adaptive.policies._halting import (
 from adaptive.policies._noise import keyed_noise, unit_keys
 from adaptive.policies._optimal_stopping import OptimalStopping
 from adaptive.policies._oracle import oracle_stages, regret
-from adaptive.policies._outcome import mean_cost_bound, unit_costs, unit_losses
+from adaptive.policies._outcome import (
+    budget_certificate,
+    mean_cost_bound,
+    unit_costs,
+    unit_losses,
+)
 from adaptive.policies._patience import (
     AccumulatedConfidence,
     Patience,
@@ -162,6 +167,7 @@ __all__ = [
     "WindowedPatience",
     "Within",
     "agreement_thresholds",
+    "budget_certificate",
     "budget_thresholds",
     "calm_policy",
     "certified_agreement_thresholds",

@@ -112,7 +112,10 @@ class _Record(abc.ABC):
         if name not in cls._classes:
             known = ", ".join(sorted(cls._classes))
             raise InvalidArgumentError(
-                "type", name, f"one of {known} (import your own class first)"
+                "type",
+                name,
+                f"one of {known} (import your own class first; on the command line with "
+                "`adaptive --import FILE ...`)",
             )
         found = cls._classes[name]
         fields = {key: _restored(value) for key, value in data.items() if key != "type"}

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptive.calibration import InvalidArgumentError, Trace, mixture_upper_bound
+from adaptive.calibration import (
+    Certificate,
+    InvalidArgumentError,
+    Trace,
+    control_risk,
+    mixture_upper_bound,
+)
 
 
 def unit_losses(
@@ -65,6 +71,58 @@ def mean_cost_bound(stages: ArrayLike, trace: Trace, *, delta: float) -> float:
     full = float(trace.costs[-1])
     shares = unit_costs(stages, trace) / full
     return full * float(np.asarray(mixture_upper_bound(shares, delta=delta)).reshape(-1)[0])
+
+
+def budget_certificate(
+    stages: ArrayLike, trace: Trace, *, budget: float, delta: float, rng: int = 0
+) -> Certificate:
+    """Certificate that the expected cost per token is at most the budget.
+
+    A statement of its own beside the one about the risk: each holds with its own ``1 - delta``.
+
+    Parameters
+    ----------
+    stages : array_like of int [n_tokens]
+        Where the policy stops each token of the trace (`exit_stages`).
+    trace : Trace
+        Units that fitted nothing; a cluster is the unit where the trace has groups.
+    budget : float
+        Mean cost per token, in ``trace.cost_quantity``; below full computation's.
+    delta : float
+        In (0, 1).
+    rng : int
+        Seed of the order of the units.
+
+    Returns
+    -------
+    Certificate
+        ``holds`` says whether the budget is certified. Its loss is the cost as a share of full
+        computation's.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no policy that stops early can meet the budget, or every one does; the message gives
+        the feasible range.
+
+    Notes
+    -----
+    For independent units and this one policy: ``P(holds and expected cost > budget) <= delta``, by
+    the same test as a bounded loss.
+    """
+    least, full = float(trace.costs[0]), float(trace.costs[-1])
+    if not least <= budget < full:
+        raise InvalidArgumentError("budget", budget, f"in [{least:g}, {full:g})")
+    shares = unit_costs(stages, trace) / full
+    result = control_risk(
+        np.stack([np.zeros_like(shares), shares], axis=1),
+        risk=budget / full,
+        delta=delta,
+        groups=trace.groups,
+        loss=f"cost per token as a share of full computation ({trace.cost_quantity})",
+        rng=rng,
+    )
+    return result.certificate
 
 
 def _stages(stages: ArrayLike, trace: Trace) -> NDArray[np.int64]:

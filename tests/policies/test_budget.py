@@ -18,6 +18,7 @@ from adaptive.calibration import (
 )
 from adaptive.policies import (
     ThresholdTable,
+    budget_certificate,
     budget_thresholds,
     exit_stages,
     exponential_weights,
@@ -243,6 +244,37 @@ def test_two_certificates_are_two_statements() -> None:
     assert result.index is not None
     spent = [mean_cost_bound(stage, test, delta=0.05) for stage in stages[1:]]
     assert all(bound <= knob + 0.2 for bound, knob in zip(spent, knobs[1:], strict=True))
+
+
+def test_a_budget_has_a_certificate_of_its_own() -> None:
+    fit, fresh = (trace_of(scores_of(3000, 0.5, seed=seed)) for seed in (0, 1))
+    table = budget_thresholds(fit, budgets=(7.0, 5.0, 3.0), allocate=geometric_allocation)
+    stages = exit_stages(table.with_knob(5.0), fresh)
+    certificate = budget_certificate(stages, fresh, budget=5.0, delta=0.05)
+    assert certificate.holds
+    assert certificate.risk == pytest.approx(5.0 / 8.0)
+    assert certificate.loss == "cost per token as a share of full computation (layers)"
+    assert certificate.n == 3000
+    assert not budget_certificate(stages, fresh, budget=3.0, delta=0.05).holds
+    for budget in (0.9, 8.0):
+        with pytest.raises(InvalidArgumentError, match=r"`budget` must be in \[1, 8\)"):
+            budget_certificate(stages, fresh, budget=budget, delta=0.05)
+
+
+@pytest.mark.statistical
+def test_a_budget_is_certified_wrongly_at_most_with_delta() -> None:
+    """At a mean cost just above the budget; comparing the mean with it errs half the time."""
+    rng, replicates, delta = np.random.default_rng(4), 1000, 0.1
+    limit = stats.binom.ppf(0.999, replicates, delta)
+    certified = naive = 0
+    scores = np.array([[0.1]] * 60)
+    for _ in range(replicates):
+        trace = trace_of(scores)
+        stages = rng.binomial(1, 0.501, 60)  # costs 1 or 2, mean 1.501
+        certified += budget_certificate(stages, trace, budget=1.5, delta=delta).holds
+        naive += unit_costs(stages, trace).mean() <= 1.5
+    assert certified <= limit
+    assert naive > limit
 
 
 @pytest.mark.parametrize(

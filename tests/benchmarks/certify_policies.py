@@ -6,7 +6,7 @@
 
 The model gets an exit at every layer but the last. A policy is fitted on prompts of its own where
 it has to be, certified by `calibrate` on others (rules whose rows decide together on whole batches
-of four), and run on fresh prompts that nobody has seen. Every seed is in this file. A record is
+of two), and run on fresh prompts that nobody has seen. Every seed is in this file. A record is
 written per policy, and a run that was stopped goes on where it was.
 """
 
@@ -65,7 +65,7 @@ FALSE_ALARM = 0.001 / len(ROWS)
 LAYERS = tuple(range(1, 12))
 PROMPT, NEW = 32, 8  # tokens
 SHAPING, CALIBRATING, FRESH = 150, 230, 260  # prompts
-BATCH = 4  # rows of a batch, for rules whose rows decide together
+BATCH = 2  # rows of a batch, for rules whose rows decide together
 POOL = f"first {PROMPT} tokens of functions of held-out modules of the Python standard library"
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptive import policies
 from adaptive.calibration import Trace
 from adaptive.policies import Features, Policy, exit_stages, keyed_noise, unit_keys
-from adaptive.policies._base import AbstractRule, AbstractScore
+from adaptive.policies._base import AbstractRule, AbstractSchedule, AbstractScore
 
 each_rule = pytest.mark.parametrize("row", table.RULES, ids=[row.name for row in table.RULES])
 each_score = pytest.mark.parametrize(
@@ -174,6 +174,42 @@ def test_score_survives_json(score: AbstractScore, tmp_path: Path) -> None:
     policy = Policy(score, policies.Threshold(-0.5), stages=(0, 1))
     policy.save_pretrained(tmp_path)
     assert Policy.from_pretrained(tmp_path) == policy
+
+
+def _parts(value: Any) -> set[str]:
+    """Names of the classes that a score or rule is made of."""
+    names = {type(value).__name__}
+    for field in getattr(value, "__dataclass_fields__", {}):
+        inner = getattr(value, field)
+        for one in inner if isinstance(inner, tuple) else (inner,):
+            if isinstance(one, AbstractRule | AbstractScore | AbstractSchedule):
+                names |= _parts(one)
+    return names
+
+
+#: Public names that decide nothing in a loop: interfaces, builders of what is in the table, and
+#: references and measures for offline use.
+NOT_DEPLOYED = {
+    *("AbstractRule", "AbstractSchedule", "AbstractScore", "AbstractStatisticRule"),
+    *("FEATURES", "Features", "Mode", "Policy", "Scope", "State", "members"),
+    *("agreement_thresholds", "certified_agreement_thresholds", "budget_thresholds"),
+    *("exponential_weights", "geometric_allocation", "geometric_rates", "inflated_thresholds"),
+    *("linear_programme", "two_stage_allocation", "calm_policy", "decaying_vocabulary"),
+    *("wald_boundaries", "BetaMixtureTracker", "budget_certificate", "mean_cost_bound"),
+    *("exit_stages", "unit_costs", "unit_keys", "unit_losses", "keyed_noise"),
+    *("oracle_stages", "regret", "expected_readout", "halting_distribution"),
+    *("truncated_distribution", "risk_consistency", "textual_consistency"),
+    *("rouge_l_distance", "token_f1_distance"),
+}
+
+
+def test_every_public_name_is_in_the_table_or_decides_nothing() -> None:
+    """A new policy cannot miss the contract: its name is in a row, or declared not deployed."""
+    shown: set[str] = set()
+    for value in [*(row.rule for row in table.RULES), *(score for _, score in table.SCORES)]:
+        shown |= _parts(value)
+    assert set(policies.__all__) - shown == NOT_DEPLOYED
+    assert not shown & NOT_DEPLOYED
 
 
 class NoHostSynchronisation(TorchDispatchMode):

@@ -102,6 +102,16 @@ SCORES: list[AbstractScore] = [
     p.BetaMajority(4),
     *_gates(),
 ]
+
+#: No score at all, and the default score, which every rule of the table is tried on.
+ELSEWHERE = {"NoScore", "ProbeScore"}
+
+
+def test_every_score_goes_through_the_loop() -> None:
+    shown = {type(score) for score in SCORES} | {getattr(p, name) for name in ELSEWHERE}
+    assert {type(score) for _, score in table.SCORES} <= shown
+
+
 RULES = [row for row in table.RULES if row.rule.scope == "row"]
 SHARED = [row for row in table.RULES if row.rule.scope == "batch"]
 

@@ -89,7 +89,7 @@ def test_policies_stop_early_and_pay_no_less_than_the_oracle(records: Any) -> No
 
 
 #: Policies that come back at full depth; the docs' page says why.
-FULL_DEPTH = {"all rows of a batch", "agreement target, certified"}
+FULL_DEPTH = {"all rows of a batch"}
 
 
 def test_the_check_on_fresh_prompts_can_fail(script: Any, rng: np.random.Generator) -> None:

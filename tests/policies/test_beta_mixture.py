@@ -106,6 +106,25 @@ def test_the_prior_moves_the_threshold_the_release_does_not_see_it() -> None:
     assert released[0] == released[1]
 
 
+def test_the_released_sample_of_labels_is_biased_ours_is_the_traffic() -> None:
+    """FREE drops tokens that go deep with nothing stacked before them: diffident ones.
+
+    What is left agrees more often than the traffic, and its posterior asks for less confidence.
+    """
+    trace = labelled_trace(20_000)
+    scores = trace.scores[:, 0]
+    deep = scores <= 0.6
+    stacked_before = np.concatenate([[False], ~deep[:-1]])
+    kept = ~(deep & ~stacked_before)
+    agree = ~trace.losses["disagreement"][:, 0]
+    assert agree[kept].mean() > agree.mean() + 0.05
+    ours = BetaMixtureThreshold.fit(trace).with_knob(0.4).thresholds()[0]
+    theirs = BetaMixtureThreshold.fit(trace.select(kept)).with_knob(0.4).thresholds()[0]
+    truth = BetaMixtureThreshold((shapes(AGREE, DISAGREE),), target=0.4).thresholds()[0]
+    assert abs(ours - truth) < 0.02
+    assert abs(theirs - truth) > 2 * abs(ours - truth)
+
+
 def test_posterior_that_is_not_monotone() -> None:
     """Beta(20, 20) against Beta(2, 2): the ratio falls again, a count of points misreads that."""
     agree, disagree = (20.0, 20.0), (2.0, 2.0)

@@ -77,6 +77,20 @@ def test_eero_solves_its_programme() -> None:
         )
         found = exponential_weights(RISKS, COSTS, budget)
         assert objective(found) <= solved.fun + 1e-8
+        # released halting code swaps the arguments of the divergence: another optimum
+        swapped = optimize.minimize(
+            lambda e: float(
+                e @ RISKS + 0.04 * (prior * np.log(prior / np.maximum(e, 1e-12))).sum()
+            ),
+            prior,
+            method="SLSQP",
+            bounds=[(1e-9, 1)] * 3,
+            constraints=[
+                {"type": "eq", "fun": lambda e: e.sum() - 1},
+                {"type": "ineq", "fun": lambda e, b=budget: b - e @ COSTS},
+            ],
+        )
+        assert np.abs(swapped.x - found).max() > 0.01
         np.testing.assert_allclose(found, solved.x, atol=1e-4)
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from adaptive.calibration import InvalidArgumentError, control_risk
 from adaptive.policies import (
@@ -117,3 +118,23 @@ def test_the_last_certified_member_is_returned_not_the_first_failure() -> None:
         released += risks[min(index + 1, 10)] > 0.1
     assert ours <= 130  # 0.999 quantile of Binomial(1000, 0.1)
     assert released > 2 * ours
+
+
+@pytest.mark.slow
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    ("points", "certified", "released"), [(11, 0.014, 0.102), (21, 0.041, 0.105)]
+)
+def test_off_by_one_on_two_grids(points: int, certified: float, released: float) -> None:
+    """4,000 calibrations: violation rates of the last certified and the first failing member."""
+    rng = np.random.default_rng(points)
+    risks = 0.3 * np.linspace(0.0, 1.0, points)
+    ours = theirs = 0
+    for _ in range(4000):
+        losses = (rng.uniform(size=(100, 1)) < risks[None, :]).astype(float)
+        index = control_risk(losses, risk=0.1, delta=0.1, loss_type="binary").index or 0
+        ours += risks[index] > 0.1 + 1e-12
+        theirs += risks[min(index + 1, points - 1)] > 0.1 + 1e-12
+    assert ours <= stats.binom.ppf(0.999, 4000, 0.1)
+    assert ours / 4000 == pytest.approx(certified, abs=0.015)
+    assert theirs / 4000 == pytest.approx(released, abs=0.015)

@@ -164,6 +164,8 @@ def test_pruned_confidence_when_the_best_token_was_dropped() -> None:
 def test_decaying_vocabulary() -> None:
     sizes = decaying_vocabulary(256, 64, n_exits=8)
     assert sizes[0] == 256
+    # max(k2, k1 / (1 + ((k1 - k2) / k2) i / L)) with k1 = 256, k2 = 64, L = 4
+    assert decaying_vocabulary(256, 64, n_exits=4) == (256, 146, 102, 78)
     assert all(later <= earlier for earlier, later in pairwise(sizes))
     assert min(sizes) >= 64
     with pytest.raises(InvalidArgumentError, match="`last`"):
@@ -254,6 +256,33 @@ def test_statistics_gate_reads_jei_dnns_four_statistics() -> None:
         weights = tuple(float(place == other) for other in range(4))
         found = once(StatisticsGate((weights,), (0.0,)), at(logits=logits_of(*p)))
         assert torch.logit(found).item() == pytest.approx(value, rel=1e-4)
+
+
+def test_a_gate_forgets_the_gradients_of_earlier_steps() -> None:
+    """EENet's fit loop never clears them: the same steps then lead elsewhere."""
+    rng = np.random.default_rng(2)
+    hidden, agree = rng.normal(size=(50, 2, 3)), rng.uniform(size=(50, 2)) < 0.5
+
+    def trained(*, clear: bool) -> HaltingGate:
+        cleared = torch.optim.Adam.zero_grad
+        with pytest.MonkeyPatch.context() as patch:
+            if not clear:
+                patch.setattr(torch.optim.Adam, "zero_grad", lambda *_, **__: None)
+            assert clear is (torch.optim.Adam.zero_grad is cleared)
+            return HaltingGate.fit(hidden, agree, width=4, embedding=1, steps=40)
+
+    def loss(gate: HaltingGate) -> float:
+        found, state = [], gate.init(50, device=CPU)
+        for stage in range(2):
+            before = torch.tensor(hidden[:, stage - 1]).float() if stage else None
+            here = at(stage, hidden=torch.tensor(hidden[:, stage]).float(), previous=before)
+            found.append(gate.score(here, state)[0])
+        label = torch.tensor(agree).float()
+        return float(torch.nn.functional.binary_cross_entropy(torch.stack(found, dim=1), label))
+
+    right, wrong = trained(clear=True), trained(clear=False)
+    assert right != wrong
+    assert loss(right) < 0.6
 
 
 def test_halting_gate_learns_what_a_linear_gate_cannot() -> None:

@@ -21,7 +21,8 @@ NAME = re.compile(r"^\.\. (?:autofunction|autoclass|autoexception|autodata|py:da
 
 def public_modules() -> list[str]:
     """Every module of the package whose name has no underscore."""
-    found = pkgutil.walk_packages(adaptive.__path__, "adaptive.", onerror=lambda _: None)
+    # in a clone the root's path has the clone's own folder too, where the package lies again
+    found = pkgutil.walk_packages(adaptive.__path__[:1], "adaptive.", onerror=lambda _: None)
     names = ["adaptive", *(info.name for info in found), "adaptive.calibration"]
     spaces = (adaptive.calibration, adaptive.policies)
     for space in spaces:

@@ -87,8 +87,9 @@ class Examiner:
             log_p = self.tests[i].log_p_values(
                 losses, risk=source.risk, delta=aim, bound=source.bound
             )
-            mean = losses.mean()
-            signed = bool(losses.min() < 0.0)
+            binary = losses.dtype == np.bool_
+            mean = np.count_nonzero(losses) / losses.size if binary else losses.mean()
+            signed = not binary and bool(losses.min() < 0.0)
             positive = np.maximum(losses, 0.0).mean() if signed else mean
             digest = f"{zlib.crc32(np.ascontiguousarray(losses).data):08x}"
             parts.append((float(log_p[0]), float(mean), float(positive), digest))

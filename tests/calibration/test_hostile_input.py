@@ -103,7 +103,11 @@ def test_what_is_no_array_of_losses_is_refused(losses, text):
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("bad", [RAGGED, LOSSES + 0j, (x for x in (1.0,)), "text"], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [RAGGED, LOSSES + 0j, (x for x in (1.0,)), "text"],
+    ids=["ragged", "complex", "generator", "text"],
+)
 @pytest.mark.parametrize(
     ("call", "name"),
     [

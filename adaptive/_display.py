@@ -42,7 +42,7 @@ class RiskPathDisplay:
     Examples
     --------
     >>> from adaptive.calibration import control_risk
-    >>> wrong = [[0, 0]] * 55 + [[0, 1]] * 5  # of 60 units, members 1 and 2 get 0 and 5 wrong
+    >>> wrong = [[0, 0, 0]] * 55 + [[0, 0, 1]] * 5  # of 60 units, members 1 and 2 get 0 and 5 wrong
     >>> result = control_risk(wrong, risk=0.1, loss_type="binary")
     >>> display = RiskPathDisplay.from_certificate(result.certificate)
     >>> display.walk.certified, display.index

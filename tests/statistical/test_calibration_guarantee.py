@@ -96,7 +96,10 @@ def test_bets_keep_the_promise_on_binary_losses_too(scenario):
 )
 def test_other_procedures_keep_the_promise(settings):
     def control(losses, risk, delta):
-        return certified(losses, risk, delta, **settings)
+        here = dict(settings)
+        if "starts" in here:  # some checks have fewer columns
+            here["starts"] = tuple(s for s in here["starts"] if s < losses.shape[1])
+        return certified(losses, risk, delta, **here)
 
     scenarios = [BY_NAME["flat path just above the promise"], BY_NAME["not monotone"]]
     report = check_control(

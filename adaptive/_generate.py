@@ -28,6 +28,7 @@ from adaptive._decode import Job, Record, decode
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
 from adaptive._families import family_of
+from adaptive._memory import handing_back, noting
 from adaptive._monitor import Monitor
 from adaptive._monitor_records import Watched
 from adaptive._monitor_units import Watch, begin_watch, finish_watch
@@ -146,6 +147,9 @@ def generate(
         If a feature is not supported; the message names it.
     NoExitsError
         If the model has no exits.
+    torch.OutOfMemoryError
+        If memory runs out. What was generated so far is in its ``sequences`` (int64 ``[batch,
+        prompt + generated]``, on the CPU), and the message says what was asked for.
     """
     if not isinstance(policy, Policy):
         raise InvalidTypeError("policy", policy, "a Policy")
@@ -250,6 +254,7 @@ def _transformers_frame() -> dict[str, Any]:
     return {}
 
 
+@handing_back
 def _prepared(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -406,6 +411,7 @@ def _job(
     put: Callable[[Tensor], None] = (
         _drop if streamer is None else lambda tokens: streamer.put(tokens.cpu())
     )
+    put = noting(own["emitted"], put)
     details = bool(config.return_dict_in_generate)
     return Job(
         policy=policy,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor
 from adaptive._generic import GenericExecutor
+from adaptive._memory import ran_out
 from adaptive._native import NativeExecutor, is_close, why_not_native
 from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
@@ -83,6 +84,8 @@ def _self_check(model: PreTrainedModel) -> str | None:
         executor = NativeExecutor(model)
         ours = _last_logits(executor, tokens)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if ran_out(error):  # which says nothing about the model
+            raise
         # another release of transformers may build the family's models otherwise
         reason = f"its parts are not as the family describes them ({error})"
     else:

@@ -76,7 +76,7 @@ policy = calibrate(
     delta,
     mode="propagate",  # skipped layers are never computed: right for a CPU
     new_tokens=new_tokens,
-    batch_size=16,
+    batch_size=32,
     members=6,
     pool=POOL,
     tokenizer=tokenizer,

@@ -32,7 +32,7 @@ from adaptive.examples import load_model, load_prompts
 from adaptive.policies import BetaMixtureThreshold, BetaMixtureTracker, exit_stages, unit_losses
 
 model, tokenizer = load_model()
-settings = {"new_tokens": 16, "batch_size": 16, "tokenizer": tokenizer, "progress": False}
+settings = {"new_tokens": 16, "batch_size": 32, "tokenizer": tokenizer, "progress": False}
 
 # %% [markdown]
 # ## Two kinds of traffic

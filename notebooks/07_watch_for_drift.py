@@ -62,7 +62,7 @@ policy = calibrate(
     mode="propagate",
     pool=POOL,
     new_tokens=new_tokens,
-    batch_size=16,
+    batch_size=32,
     members=3,
     tokenizer=tokenizer,
     progress=False,
@@ -173,7 +173,7 @@ assert by_gauge * tenants > violation_limit(tenants, allowed)
 # of the capitals.
 
 # %%
-settings = {"new_tokens": new_tokens, "batch_size": 16, "tokenizer": tokenizer, "progress": False}
+settings = {"new_tokens": new_tokens, "batch_size": 32, "tokenizer": tokenizer, "progress": False}
 trace = collect_trace(model, prompts[:130], **settings)
 shouted = collect_trace(model, [prompt.upper() for prompt in rest[32:]], **settings)
 fit, served = trace.split([0.6, 0.4], rng=0)

@@ -69,10 +69,11 @@ config = ViTConfig(
     num_channels=1,
     num_labels=10,
     hidden_dropout_prob=0.0,
+    initializer_range=0.1,  # so narrow a model learns faster than from the default, 0.02
 )
 model = ViTForImageClassification(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-epochs = 60
+epochs = 15
 rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * 12)
 for _ in range(epochs):
     for rows in train[torch.randperm(len(train))].chunk(12):

@@ -37,7 +37,7 @@ from adaptive.policies import AbstractRule, ProbeScore, exit_stages, unit_costs,
 
 model, tokenizer = load_model()
 prompts = load_prompts(200, rng=9)
-settings = {"new_tokens": 12, "batch_size": 16, "tokenizer": tokenizer, "progress": False}
+settings = {"new_tokens": 12, "batch_size": 32, "tokenizer": tokenizer, "progress": False}
 
 # %% [markdown]
 # ## The rule

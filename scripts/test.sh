@@ -14,4 +14,4 @@ rm -rf build # left by an earlier build, it would carry deleted modules into the
 "$venv/bin/python" -m pip install --quiet --constraint constraints.txt ".[test]"
 
 # -P: the folder `adaptive/` must not be taken for the installed package.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/python" -P -m pytest -n 2 "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/python" -P -m pytest -n 2 --dist worksteal "$@"

@@ -395,6 +395,23 @@ def test_a_named_pool_makes_the_prompt_the_unit(model: Any, prompts: list[list[i
     assert "drawn at random from the pool 'the stdlib of Python'" in str(certificate.assumptions)
 
 
+def test_each_member_writes_its_texts_once(
+    model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of the last certified member is read off the losses that its test has seen."""
+    begun: list[str] = []
+
+    def noted(*args: Any, **settings: Any) -> Any:
+        begun.append(settings["description"])
+        return run_units(*args, **settings)
+
+    monkeypatch.setattr(module, "run_units", noted)
+    certificate = run(model, prompts).certificate
+    assert certificate.evidence["upper_bound"]
+    tested = [words for words in begun if words.startswith("testing member")]
+    assert len(tested) == len(set(tested)) == len(certificate.evidence["columns"])
+
+
 def test_few_clusters_are_few_units(model: Any, prompts: list[list[int]]) -> None:
     policy = run(model, prompts, groups=np.arange(len(prompts)) // 10)
     assert not policy.certificate.holds

@@ -126,6 +126,21 @@ def test_evidence_can_be_checked_against_real_runs(x: Tensor) -> None:
     assert not policy.certificate.verify(table)
 
 
+def test_each_member_runs_once(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of the last certified member is read off the losses that its test has seen."""
+    begun: list[Policy | None] = []
+    original = module._Bench.run
+
+    def noted(bench: Any, policy: Policy | None) -> Any:
+        begun.append(policy)
+        return original(bench, policy)
+
+    monkeypatch.setattr(module._Bench, "run", noted)
+    evidence = run(x).certificate.evidence
+    assert evidence["upper_bound"]
+    assert len(begun) == 1 + len(evidence["columns"])  # full computation first
+
+
 def test_fitting_and_testing_use_different_inputs(x: Tensor) -> None:
     split = run(torch.cat([x, x[:50]])).certificate.split
     assert split["removed_repetitions"] == 50

@@ -99,8 +99,9 @@ class Exits(nn.Module):
         """Correct a hidden state ``[..., width]`` at an exit, in front of the final norm."""
         if self.rank == 0:
             return hidden
-        correction = (hidden @ self.down[exit].T) @ self.up[exit].T + self.shift[exit]
-        return hidden + correction
+        given = hidden.to(self.down.dtype)  # translators stay float32 in a model of any precision
+        correction = (given @ self.down[exit].T) @ self.up[exit].T + self.shift[exit]
+        return hidden + correction.to(hidden.dtype)
 
     def probe(self, exit: int, hidden: Tensor) -> Tensor:
         """Logit of agreement with the full model, float32 ``[...]``, for ``[..., width]``."""

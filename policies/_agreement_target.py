@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptive.calibration import InvalidArgumentError, Trace, mixture_log_p
+from adaptive.policies._labels import exit_losses
 from adaptive.policies._threshold_table import ThresholdTable
 
 
@@ -26,7 +28,7 @@ def agreement_thresholds(
     ----------
     trace : Trace
     targets : sequence of float
-        Strictly descending, in (0, 1].
+        Strictly descending, in (0, 1).
     loss : str
         The column that is zero where the exit was right.
 
@@ -40,16 +42,16 @@ def agreement_thresholds(
     .. [1] Valade, "Accelerating large language model inference with self-supervised early exits",
        arXiv 2407.21082.
     """
-    _check_targets(targets)
-    right = np.asarray(trace.losses[loss]) == 0
+    levels = _checked(targets)
+    right = exit_losses(trace, loss) == 0
     rows = [
         tuple(
             _largest_excursion(np.asarray(scores), labels, target)
             for scores, labels in zip(trace.scores.T, right.T, strict=True)
         )
-        for target in targets
+        for target in levels
     ]
-    return ThresholdTable(levels=tuple(map(float, targets)), thresholds=tuple(rows))
+    return ThresholdTable(levels=levels, thresholds=tuple(rows))
 
 
 def certified_agreement_thresholds(
@@ -93,24 +95,24 @@ def certified_agreement_thresholds(
     of the routed run is certified by calibration. The candidates are quantiles of the scores of
     the same units, which ``n_units`` far above ``n_candidates`` makes harmless but not exact.
     """
-    _check_targets(targets)
+    levels = _checked(targets)
     if not 0.0 < delta < 1.0:
         raise InvalidArgumentError("delta", delta, "in (0, 1)")
     if n_candidates < 1:
         raise InvalidArgumentError("n_candidates", n_candidates, "an integer >= 1")
-    wrong = np.asarray(trace.losses[loss]) != 0
-    level = math.log(delta / (trace.n_exits * n_candidates))
+    wrong = exit_losses(trace, loss) != 0
+    log_level = math.log(delta / (trace.n_exits * n_candidates))
     rows = []
-    for target in targets:
+    for target in levels:
         row = []
         for exit in range(trace.n_exits):
             scores = np.asarray(trace.scores[:, exit])
             candidates = _candidates(scores, n_candidates)
             losses = _unit_losses(trace, scores, wrong[:, exit], candidates, 1.0 - target)
-            passed = mixture_log_p(losses, risk=1.0 - target) <= level
+            passed = mixture_log_p(losses, risk=1.0 - target) <= log_level
             row.append(float(candidates[passed].min(initial=math.inf)))
         rows.append(tuple(row))
-    return ThresholdTable(levels=tuple(map(float, targets)), thresholds=tuple(rows))
+    return ThresholdTable(levels=levels, thresholds=tuple(rows))
 
 
 def _largest_excursion(scores: NDArray[Any], right: NDArray[np.bool_], target: float) -> float:
@@ -144,6 +146,8 @@ def _unit_losses(
     return means / trace.lengths[:, None]
 
 
-def _check_targets(targets: Sequence[float]) -> None:
-    if not targets or not all(0.0 < target < 1.0 for target in targets):
+def _checked(targets: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(map(float, np.atleast_1d(targets)))
+    if not found or any(not 0.0 < b < a for a, b in pairwise((1.0, *found))):
         raise InvalidArgumentError("targets", targets, "numbers in (0, 1), strictly descending")
+    return found

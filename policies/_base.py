@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, Trace
 
 #: What a policy carries from one decision to the next: a flat mapping of device tensors.
 State = dict[str, Tensor]
@@ -81,9 +83,14 @@ _OWN_MODULES: set[str] = set()
 
 
 class _Record(abc.ABC):
-    """JSON form shared by scores, rules and schedules: the class name and the dataclass fields."""
+    """JSON form shared by scores, rules and schedules: the class name and the dataclass fields.
+
+    ``per_exit`` names the fields that hold one entry per exit, so that a policy which asks at
+    more exits than that is refused when it is made, not in the loop.
+    """
 
     _classes: ClassVar[dict[str, type[Any]]]
+    per_exit: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def _register(cls, subclass: type[Any]) -> None:
@@ -102,7 +109,8 @@ class _Record(abc.ABC):
         """Return the JSON form: ``{"type": class name, **fields}``."""
         assert dataclasses.is_dataclass(self)
         return {"type": type(self).__name__} | {
-            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+            field.name: _plain(getattr(self, field.name), field.name)
+            for field in dataclasses.fields(self)
         }
 
     @classmethod
@@ -123,15 +131,36 @@ class _Record(abc.ABC):
         return built
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, field: str) -> Any:
     """JSON cannot say infinity or tuple: write infinity as a string, records as their own form."""
     if isinstance(value, _Record):
         return value.to_dict()
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+    if isinstance(value, tuple | list):
+        return [_plain(item, field) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return str(value)
-    return value
+    if value is None or isinstance(value, str | int | dict):
+        return value
+    if isinstance(value, float) and value == value:
+        return value
+    raise InvalidTypeError(
+        field, value, "made of numbers but NaN, strings, tuples, scores and rules to be saved"
+    )
+
+
+def tupled(value: Any) -> Any:
+    """Return what a file would give back: tuples for lists, in records too."""
+    if isinstance(value, list):
+        return tuple(map(tupled, value))
+    if isinstance(value, tuple):
+        return value if not value or isinstance(value[0], float) else tuple(map(tupled, value))
+    if not isinstance(value, _Record) or not dataclasses.is_dataclass(value):
+        return value
+    held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    changed = {name: new for name, old in held.items() if (new := tupled(old)) != old}
+    return dataclasses.replace(value, **changed) if changed else value
 
 
 def _restored(value: Any) -> Any:
@@ -288,10 +317,39 @@ def held(state: State, before: State, running: Tensor | None) -> State:
     }
 
 
-def check_stage(stages: tuple[int, ...]) -> tuple[int, ...]:
-    """Validate an ascending tuple of exit indices."""
-    if len(stages) == 0 or any(b <= a for a, b in pairwise(stages)) or stages[0] < 0:
+def parts_of(record: _Record) -> Iterator[_Record]:
+    """Yield a score, rule or schedule and everything it is made of."""
+    yield record
+    if dataclasses.is_dataclass(record):
+        for field in dataclasses.fields(record):
+            inner = getattr(record, field.name)
+            for one in inner if isinstance(inner, tuple | list) else (inner,):
+                if isinstance(one, type) and issubclass(one, _Record):
+                    raise InvalidTypeError(field.name, one, f"an instance: {one.__name__}(...)")
+                if isinstance(one, _Record):
+                    yield from parts_of(one)
+
+
+def check_exits(record: _Record, stages: tuple[int, ...]) -> None:
+    """Raise if a part holds entries for fewer exits, or counts fewer, than it is asked at."""
+    for one in parts_of(record):
+        for name in one.per_exit:
+            held = getattr(one, name)
+            counts = isinstance(held, int)
+            count, least = (held, len(stages)) if counts else (len(held), stages[-1] + 1)
+            if count < least:
+                expected = f"for at least {least} exits: {type(one).__name__} is asked at {stages}"
+                raise InvalidArgumentError(name, count, expected)
+
+
+def check_stage(stages: Sequence[int]) -> tuple[int, ...]:
+    """Return exit indices as a tuple, or say that they are not ascending."""
+    try:
+        found = tuple(map(operator.index, stages))
+    except TypeError as error:
+        raise InvalidTypeError("stages", stages, "a tuple of exit indices") from error
+    if len(found) == 0 or any(b <= a for a, b in pairwise(found)) or found[0] < 0:
         raise InvalidArgumentError(
             "stages", stages, "a non-empty, strictly ascending tuple of exit indices >= 0"
         )
-    return stages
+    return found

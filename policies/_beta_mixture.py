@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptive.calibration import (
     BetaMixtureModel,
     InvalidArgumentError,
+    InvalidTypeError,
     Trace,
     beta_from_moments,
     fit_beta_mixture,
@@ -22,6 +23,7 @@ from adaptive.calibration import (
     maximise_beta_mixture,
 )
 from adaptive.policies._base import AbstractRule, Features, State
+from adaptive.policies._labels import exit_losses
 from adaptive.policies._statistic import knob_path
 
 #: Mixing weights, alpha and beta of the two components, by increasing mean.
@@ -64,6 +66,8 @@ class BetaMixtureThreshold(AbstractRule):
     0.5961
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("mixtures",)
+
     mixtures: tuple[Shapes, ...]
     target: float = math.inf
     weighted: bool = True
@@ -99,7 +103,10 @@ class BetaMixtureThreshold(AbstractRule):
         UserWarning
             For an exit with fewer than 10 tokens of either label, which then never stops.
         """
-        right = np.asarray(trace.losses[loss]) == 0
+        if not callable(estimator):
+            expected = "a function such as beta_from_likelihood"
+            raise InvalidTypeError("estimator", estimator, expected)
+        right = exit_losses(trace, loss) == 0
         mixtures = [
             _labelled(np.asarray(scores), labels, exit=exit, estimator=estimator)
             for exit, (scores, labels) in enumerate(zip(trace.scores.T, right.T, strict=True))
@@ -114,6 +121,8 @@ class BetaMixtureThreshold(AbstractRule):
         posterior that falls again at high scores.
         """
         columns = [np.asarray(scores) for scores in trace.scores.T]
+        for one in columns:
+            _check_range(one[np.isfinite(one)])
         fitted = [maximise_beta_mixture(one, start=fit_beta_mixture(one)) for one in columns]
         return cls(mixtures=tuple(map(_shapes, fitted)), weighted=weighted)
 
@@ -197,9 +206,19 @@ class BetaMixtureTracker:
         scores : array_like [n_tokens, n_exits]
             In [0, 1]; NaN where the exit was not asked.
         agree : array_like of bool [n_tokens, n_exits]
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the shapes differ from each other or from what was observed before.
         """
         given = np.asarray(scores, dtype=np.float64)
         label = np.asarray(agree, dtype=bool)
+        if given.ndim != 2 or (self.scores and given.shape[1] != len(self.scores)):
+            exits = len(self.scores) or "n_exits"
+            raise InvalidArgumentError("scores", f"shape {given.shape}", f"[n_tokens, {exits}]")
+        if label.shape != given.shape:
+            raise InvalidArgumentError("agree", f"shape {label.shape}", f"of shape {given.shape}")
         before = self.scores or ((),) * given.shape[1]
         labels = self.agree or ((),) * given.shape[1]
         known = np.isfinite(given)
@@ -216,7 +235,17 @@ class BetaMixtureTracker:
         return replace(self, **changes)
 
     def rule(self) -> BetaMixtureThreshold:
-        """Return the rule for the next unit, uncertified; exits with too few labels never stop."""
+        """Return the rule for the next unit, uncertified; exits with too few labels never stop.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If nothing has been observed yet: until then it is not known how many exits there are.
+            Run the first unit at full depth.
+        """
+        if not self.scores:
+            expected = "observed once before there is a rule: run the first unit at full depth"
+            raise InvalidArgumentError("tracker", "no observations", expected)
         mixtures = [
             _labelled(np.array(scores), np.array(labels), exit=None, estimator=beta_from_moments)
             for scores, labels in zip(self.scores, self.agree, strict=True)
@@ -242,12 +271,20 @@ def _labelled(
 ) -> Shapes:
     finite = np.isfinite(scores)
     given, label = scores[finite], labels[finite].astype(bool)
+    _check_range(given)
     if min(label.sum(), (~label).sum()) < _LEAST:
         if exit is not None:
             text = f"exit {exit} has fewer than {_LEAST} tokens of one label: it never stops"
             warnings.warn(text, UserWarning, stacklevel=3)
         return _NEVER
     return _shapes(fit_labelled_mixture(given, label, estimator=estimator))
+
+
+def _check_range(scores: NDArray[Any]) -> None:
+    if scores.size and not 0.0 <= scores.min() <= scores.max() <= 1.0:
+        got = f"scores in [{scores.min():g}, {scores.max():g}]"
+        expected = "of a score in [0, 1], such as `Margin` or a `Calibrated` one"
+        raise InvalidArgumentError("trace", got, expected)
 
 
 def _shapes(mixture: BetaMixtureModel) -> Shapes:

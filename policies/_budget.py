@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration import InvalidArgumentError, Trace, marginal_thresholds
 from adaptive.policies._allocators import exponential_weights
+from adaptive.policies._labels import exit_losses
 from adaptive.policies._threshold_table import ThresholdTable
 
 Array = NDArray[np.float64]
@@ -58,13 +60,16 @@ def budget_thresholds(
     InvalidArgumentError
         If a budget is infeasible; the message gives the feasible range.
     """
-    risks = np.append(np.asarray(trace.losses[loss], dtype=np.float64).mean(axis=0), 0.0)
+    risks = np.append(exit_losses(trace, loss).mean(axis=0), 0.0)
     scores = np.asarray(trace.scores, dtype=np.float64)
+    levels = tuple(map(float, np.atleast_1d(budgets)))
+    if not levels or any(b >= a for a, b in pairwise(levels)):
+        raise InvalidArgumentError("budgets", budgets, "mean costs, strictly descending")
     rows = []
-    for budget in budgets:
-        rates = allocate(risks, trace.costs, float(budget))
+    for budget in levels:
+        rates = allocate(risks, trace.costs, budget)
         rows.append(tuple(float(value) for value in quantiles(scores, rates[:-1])))
-    return ThresholdTable(levels=tuple(map(float, budgets)), thresholds=tuple(rows))
+    return ThresholdTable(levels=levels, thresholds=tuple(rows))
 
 
 def inflated_thresholds(

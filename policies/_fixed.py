@@ -72,6 +72,8 @@ class SkipDecode(AbstractRule):
        arXiv 2307.02628.
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("depths",)
+
     depths: tuple[int, ...]
     most: int
     length: int
@@ -92,6 +94,8 @@ class SkipDecode(AbstractRule):
 
     def active_layers(self, position: int, *, n_layers: int, warmup: int) -> tuple[int, ...]:
         """Layers that the published system runs: the first ``warmup`` and the top ones."""
+        if math.isinf(self.least):
+            raise InvalidArgumentError("least", self.least, "finite: at inf all layers run")
         count = int(self.layers(torch.tensor([position]))[0])
         return (*range(warmup), *range(n_layers - (count - warmup), n_layers))
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, Trace
 from adaptive.policies._base import AbstractScore, Features, State, named, needed, part
+from adaptive.policies._labels import exit_losses
+from adaptive.policies._readout_scores import entropy_of, finite_part
 from adaptive.policies._scores import readout
 
 Vector = tuple[float, ...]
@@ -36,6 +38,7 @@ class LinearGate(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    per_exit: ClassVar[tuple[str, ...]] = ("weights",)
     upper: ClassVar[float] = 1.0
 
     weights: Matrix
@@ -55,7 +58,9 @@ class LinearGate(AbstractScore):
         agree : array_like of bool [n_tokens, n_exits]
             Whether the exit's answer is the full model's.
         """
-        return cls(*_logistic(np.asarray(hidden, dtype=np.float64), np.asarray(agree, dtype=bool)))
+        inputs, label = np.asarray(hidden, dtype=np.float64), np.asarray(agree, dtype=bool)
+        _check_labels("hidden", inputs.shape, label.shape)
+        return cls(*_logistic(inputs, label))
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Weights and biases, on the device."""
@@ -85,6 +90,7 @@ class StatisticsGate(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    per_exit: ClassVar[tuple[str, ...]] = ("weights",)
     upper: ClassVar[float] = 1.0
 
     weights: Matrix
@@ -104,8 +110,9 @@ class StatisticsGate(AbstractScore):
         agree : array_like of bool [n_tokens, n_exits]
         """
         given = torch.as_tensor(np.asarray(logits, dtype=np.float32))
-        inputs = statistics_of(given).double().numpy()
-        return cls(*_logistic(inputs, np.asarray(agree, dtype=bool)))
+        label = np.asarray(agree, dtype=bool)
+        _check_labels("logits", tuple(given.shape), label.shape)
+        return cls(*_logistic(statistics_of(given).double().numpy(), label))
 
     def init(self, batch_size: int, *, device: torch.device) -> State:
         """Weights and biases, on the device."""
@@ -142,6 +149,7 @@ class HaltingGate(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "previous"})
+    per_exit: ClassVar[tuple[str, ...]] = ("embedding",)
     upper: ClassVar[float] = 1.0
 
     layers: tuple[Matrix, ...]
@@ -155,6 +163,8 @@ class HaltingGate(AbstractScore):
             )
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         cls,
         hidden: ArrayLike,
@@ -180,6 +190,7 @@ class HaltingGate(AbstractScore):
         """
         states = torch.as_tensor(np.asarray(hidden, dtype=np.float32))
         target = torch.as_tensor(np.asarray(agree, dtype=np.float32))
+        _check_labels("hidden", tuple(states.shape), tuple(target.shape))
         before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
         seed = torch.Generator().manual_seed(rng)
         sizes = [2 * states.shape[2] + embedding, width, width, width, 1]
@@ -253,6 +264,7 @@ class RecurrentGate(AbstractScore):
     """
 
     across_tokens: ClassVar[bool] = True
+    per_exit: ClassVar[tuple[str, ...]] = ("weights",)
     upper: ClassVar[float] = 1.0
 
     base: AbstractScore
@@ -291,7 +303,7 @@ class RecurrentGate(AbstractScore):
         inputs = np.concatenate(
             [scores[:, :, None], np.repeat(means[:, None], scores.shape[1], 1)], axis=2
         )
-        weights, biases = _logistic(inputs, np.asarray(trace.losses[loss]) == 0)
+        weights, biases = _logistic(inputs, exit_losses(trace, loss) == 0)
         return cls(base=base, decays=decays, weights=weights, biases=biases, first=first)
 
     def needs_at(self, stage: int) -> frozenset[str]:
@@ -325,20 +337,21 @@ class RecurrentGate(AbstractScore):
 
 def statistics_of(logits: Tensor) -> Tensor:
     """Largest probability, entropy, margin, entropy of normalised squares: float32 [..., 4]."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    log_q = torch.log_softmax(2.0 * log_p, dim=-1)
-    top = torch.topk(log_p, 2, dim=-1).values.exp()
-    return torch.stack(
-        [top[..., 0], _entropy(log_p), top[..., 0] - top[..., 1], _entropy(log_q)], dim=-1
-    )
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    p = log_p.exp()
-    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
+    top = torch.topk(logits, 2, dim=-1).values
+    shifted = logits - top[..., :1]
+    weights = torch.exp(shifted)
+    squares, terms = weights * weights, weights * finite_part(shifted)
+    best = weights.sum(dim=-1).reciprocal()
+    margin = best * (1.0 - torch.exp(top[..., 1] - top[..., 0]))
+    entropies = entropy_of(weights, terms), entropy_of(squares, 2.0 * weights * terms)
+    return torch.stack([best, entropies[0], margin, entropies[1]], dim=-1)
 
 
 def _gated(inputs: Tensor, stage: int, state: State) -> Tensor:
+    width = state["weights"].shape[1]
+    if inputs.shape[-1] != width:
+        expected = f"of width {width}, as what the gate was fitted on"
+        raise InvalidArgumentError("hidden", f"width {inputs.shape[-1]}", expected)
     return torch.sigmoid(inputs @ state["weights"][stage] + state["biases"][stage])
 
 
@@ -360,10 +373,6 @@ def _logistic(inputs: NDArray[Any], agree: NDArray[np.bool_]) -> tuple[Matrix, V
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    if inputs.ndim != 3 or inputs.shape[:2] != agree.shape:
-        raise InvalidArgumentError(
-            "agree", f"shape {agree.shape}", f"of shape {inputs.shape[:2]}, one label per input"
-        )
     weights, biases = [], []
     for stage in range(inputs.shape[1]):
         finite = np.isfinite(inputs[:, stage]).all(axis=1)
@@ -379,6 +388,15 @@ def _logistic(inputs: NDArray[Any], agree: NDArray[np.bool_]) -> tuple[Matrix, V
         weights.append(tuple(float(value) for value in slope))
         biases.append(float(model.intercept_[0] - slope @ scaler.mean_))
     return tuple(weights), tuple(biases)
+
+
+def _check_labels(name: str, inputs: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if len(inputs) != 3:
+        raise InvalidArgumentError(name, f"shape {inputs}", "of shape [n_tokens, n_exits, width]")
+    if inputs[:2] != labels:
+        raise InvalidArgumentError(
+            "agree", f"shape {labels}", f"of shape {inputs[:2]}, one label per input"
+        )
 
 
 _SURE = 4.0  # logit given to an exit whose fit split holds one class only

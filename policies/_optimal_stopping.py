@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, Trace
 from adaptive.policies._base import AbstractRule, Features, State
+from adaptive.policies._labels import exit_losses
 from adaptive.policies._sequential import bin_of, equal_mass_edges
 from adaptive.policies._statistic import thinned
 
@@ -55,6 +56,7 @@ class OptimalStopping(AbstractRule):
     .. [1] Ferguson, "Optimal stopping and applications", chapter 2.
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("edges",)
     nested: ClassVar[bool] = False
 
     edges: Rows
@@ -79,7 +81,7 @@ class OptimalStopping(AbstractRule):
         """
         if n_bins < 2:
             raise InvalidArgumentError("n_bins", n_bins, "an integer >= 2")
-        harm = np.asarray(trace.losses[loss], dtype=np.float64)
+        harm = exit_losses(trace, loss)
         edges = [equal_mass_edges(s, n_bins=n_bins) for s in np.asarray(trace.scores).T]
         pairs = zip(edges, np.asarray(trace.scores).T, strict=True)
         bins = [np.searchsorted(edge, score, side="right") for edge, score in pairs]

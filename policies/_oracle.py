@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.policies._labels import stage_losses, stages_of
 
 
 def oracle_stages(
@@ -43,8 +44,7 @@ def oracle_stages(
     """
     if not price >= 0.0:
         raise InvalidArgumentError("price", price, "at least 0")
-    harm = np.asarray(trace.losses[loss], dtype=np.float64)
-    harm = np.concatenate([harm, np.zeros((len(harm), 1))], axis=1)
+    harm = stage_losses(trace, loss)
     if math.isinf(price):
         total = np.where(harm <= harm.min(axis=1, keepdims=True), trace.costs, np.inf)
     else:
@@ -69,12 +69,11 @@ def regret(
     if not 0.0 <= price < math.inf:
         raise InvalidArgumentError("price", price, "finite and at least 0")
     best = oracle_stages(trace, loss=loss, price=price)
-    paid = _paid(np.asarray(stages, dtype=np.int64), trace, loss, price)
+    paid = _paid(stages_of(stages, trace), trace, loss, price)
     return paid - _paid(best, trace, loss, price)
 
 
 def _paid(stages: NDArray[np.int64], trace: Trace, loss: str, price: float) -> NDArray[np.float64]:
-    harm = np.asarray(trace.losses[loss], dtype=np.float64)
-    harm = np.concatenate([harm, np.zeros((len(harm), 1))], axis=1)
+    harm = stage_losses(trace, loss)
     found: NDArray[np.float64] = price * harm[np.arange(len(harm)), stages] + trace.costs[stages]
     return found

@@ -12,6 +12,7 @@ from adaptive.calibration import (
     control_risk,
     mixture_upper_bound,
 )
+from adaptive.policies._labels import stage_losses, stages_of
 
 
 def unit_losses(
@@ -38,17 +39,13 @@ def unit_losses(
     >>> unit_losses([0, 1], trace).tolist(), unit_costs([0, 1], trace).tolist()
     ([0.5], [2.5])
     """
-    if loss not in trace.losses:
-        raise InvalidArgumentError("loss", loss, f"one of {', '.join(map(repr, trace.losses))}")
-    where = _stages(stages, trace)
-    harm = np.asarray(trace.losses[loss], dtype=np.float64)
-    harm = np.concatenate([harm, np.zeros((trace.n_tokens, 1))], axis=1)
+    harm, where = stage_losses(trace, loss), stages_of(stages, trace)
     return _unit_means(harm[np.arange(trace.n_tokens), where], trace)
 
 
 def unit_costs(stages: ArrayLike, trace: Trace) -> NDArray[np.float64]:
     """Mean cost per token of each unit, float64 [n_units], in ``trace.cost_quantity``."""
-    return _unit_means(np.asarray(trace.costs)[_stages(stages, trace)], trace)
+    return _unit_means(np.asarray(trace.costs)[stages_of(stages, trace)], trace)
 
 
 def mean_cost_bound(stages: ArrayLike, trace: Trace, *, delta: float) -> float:
@@ -123,13 +120,6 @@ def budget_certificate(
         rng=rng,
     )
     return result.certificate
-
-
-def _stages(stages: ArrayLike, trace: Trace) -> NDArray[np.int64]:
-    where = np.asarray(stages, dtype=np.int64)
-    if where.shape != (trace.n_tokens,):
-        raise InvalidArgumentError("stages", f"shape {where.shape}", f"({trace.n_tokens},)")
-    return where
 
 
 def _unit_means(values: NDArray[np.float64], trace: Trace) -> NDArray[np.float64]:

@@ -165,6 +165,7 @@ class AccumulatedConfidence(AbstractStatisticRule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"answer"})
+    per_exit: ClassVar[tuple[str, ...]] = ("weights",)
     knob_name: ClassVar[str] = "threshold"
 
     weights: tuple[float, ...]

@@ -12,17 +12,24 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from adaptive.calibration import Certificate, CertificateError, InvalidArgumentError
+from adaptive.calibration import (
+    Certificate,
+    CertificateError,
+    InvalidArgumentError,
+    InvalidTypeError,
+)
 from adaptive.policies._base import (
     AbstractRule,
     AbstractScore,
     Features,
     Scope,
     State,
+    check_exits,
     check_stage,
     held,
     named,
     part,
+    tupled,
 )
 from adaptive.policies._hub import located, pushed
 
@@ -53,7 +60,10 @@ class Policy:
     ------
     InvalidArgumentError
         If ``stages`` is empty or not ascending, ``mode`` is unknown, a finite threshold lies
-        above every value of the score, or the score has to be asked at another exit first.
+        above every value of the score, the score has to be asked at another exit first, or score
+        or rule have entries for fewer exits than are asked.
+    InvalidTypeError
+        If score or rule are something else.
     """
 
     score: AbstractScore
@@ -63,7 +73,14 @@ class Policy:
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
-        check_stage(self.stages)
+        for name, kind in (("score", AbstractScore), ("rule", AbstractRule)):
+            if not isinstance(getattr(self, name), kind):
+                expected = f"an instance of an {kind.__name__}"
+                raise InvalidTypeError(name, getattr(self, name), expected)
+            object.__setattr__(self, name, tupled(getattr(self, name)))
+        object.__setattr__(self, "stages", check_stage(self.stages))
+        check_exits(self.score, self.stages)
+        check_exits(self.rule, self.stages)
         if self.mode not in get_args(Mode):
             raise InvalidArgumentError("mode", self.mode, f"one of {', '.join(get_args(Mode))}")
         threshold = getattr(self.rule, "threshold", None) if self.rule.on_score else None
@@ -108,7 +125,8 @@ class Policy:
         score : Tensor, float32 [batch]
         state : State
         """
-        score, score_state = self.score.score(features, part(state, "score"))
+        given, score_state = self.score.score(features, part(state, "score"))
+        score = given.float()  # as in a trace, so that both compare the same number
         stop, rule_state = self.rule.decide(features, score, part(state, "rule"))
         new = named(score_state, "score") | named(rule_state, "rule")
         return stop, score, held(new, state, features.running)

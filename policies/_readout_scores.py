@@ -144,6 +144,7 @@ class DynamicVocabulary(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "head"})
+    per_exit: ClassVar[tuple[str, ...]] = ("kept",)
     upper: ClassVar[float] = 1.0
 
     kept: tuple[int, ...]
@@ -169,6 +170,9 @@ class DynamicVocabulary(AbstractScore):
         """Float32 [batch]."""
         if features.stage == self.first:
             logits = needed(features.logits, "logits").float()
+            if logits.shape[-1] < self.kept[self.first]:
+                expected = f"at most {logits.shape[-1]}, the size of the vocabulary"
+                raise InvalidArgumentError("kept", self.kept[self.first], expected)
             kept, ids = torch.topk(logits, self.kept[self.first], dim=-1)
         else:
             ids = state["ids"]
@@ -208,6 +212,15 @@ def decaying_vocabulary(first: int, last: int, *, n_exits: int) -> tuple[int, ..
 def _negative_entropy(logits: Tensor) -> Tensor:
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     weights = torch.exp(shifted)
+    return -entropy_of(weights, weights * finite_part(shifted))
+
+
+def finite_part(shifted: Tensor) -> Tensor:
+    """Logits shifted to a largest of 0, minus infinity replaced where the weight is 0 anyway."""
+    return shifted.clamp(min=-1e4)
+
+
+def entropy_of(weights: Tensor, terms: Tensor) -> Tensor:
+    """Entropy of ``p = w / sum w`` from ``w`` and ``w log w``, over the last axis, in nats."""
     total = weights.sum(dim=-1)
-    terms = torch.where(weights > 0, weights * shifted, 0.0)
-    return terms.sum(dim=-1) / total - torch.log(total)
+    return torch.log(total) - terms.sum(dim=-1) / total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class PerStage(AbstractSchedule):
         One per exit, 0..K-2; ``inf`` protects the exit: nothing stops there. With base 0 they are
         the thresholds themselves (LITE; Prophet's 7.5, 5, 2.5 over the thirds of its steps).
     """
+
+    per_exit: ClassVar[tuple[str, ...]] = ("offsets",)
 
     offsets: tuple[float, ...]
 

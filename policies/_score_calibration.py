@@ -13,8 +13,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace, fit_temperature
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, Trace, fit_temperature
 from adaptive.policies._base import AbstractScore, Features, Head, State, named, part
+from adaptive.policies._labels import exit_losses
 
 #: A monotone table: inputs, strictly ascending, and outputs, non-decreasing.
 Table = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,6 +35,7 @@ class Calibrated(AbstractScore):
         One per exit: ``(inputs, outputs)``, inputs strictly ascending, outputs non-decreasing.
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("tables",)
     upper: ClassVar[float] = 1.0
 
     base: AbstractScore
@@ -80,7 +82,9 @@ class Calibrated(AbstractScore):
         loss : str
             The column that is zero where the exit was right.
         """
-        right = np.asarray(trace.losses[loss]) == 0
+        if not callable(method):
+            raise InvalidTypeError("method", method, "a function such as fit_isotonic")
+        right = exit_losses(trace, loss) == 0
         scores = np.asarray(trace.scores, dtype=np.float64)
         columns = zip(scores.T, right.T, strict=True)
         return cls(base, tuple(_tabulated(method, s, y) for s, y in columns))
@@ -133,6 +137,8 @@ class Tempered(AbstractScore):
     .. [1] Schwartz et al., "The Right Tool for the Job", ACL 2020.
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("temperatures",)
+
     base: AbstractScore
     temperatures: tuple[float, ...]
 
@@ -154,6 +160,9 @@ class Tempered(AbstractScore):
     def __post_init__(self) -> None:
         if not self.temperatures or not all(0.0 < t < math.inf for t in self.temperatures):
             raise InvalidArgumentError("temperatures", self.temperatures, "positive, one per exit")
+        if not self.base.needs & {"logits", "pruned_logits", "probe"}:
+            expected = "a score that reads logits or the probe: a temperature divides those"
+            raise InvalidArgumentError("base", type(self.base).__name__, expected)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

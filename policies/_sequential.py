@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, Trace
 from adaptive.policies._base import Features, State
+from adaptive.policies._labels import exit_losses
 from adaptive.policies._statistic import AbstractStatisticRule, check_knob
 
 Rows = tuple[tuple[float, ...], ...]
@@ -50,6 +51,7 @@ class SequentialRatio(AbstractStatisticRule):
        https://doi.org/10.1214/aoms/1177731118
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("edges",)
     knob_name: ClassVar[str] = "threshold"
 
     edges: Rows
@@ -59,6 +61,8 @@ class SequentialRatio(AbstractStatisticRule):
 
     def __post_init__(self) -> None:
         check_knob("threshold", self.threshold)
+        if not self.give_up < self.threshold:
+            raise InvalidArgumentError("give_up", self.give_up, f"below {self.threshold:g}")
         _check_bins(self.edges, self.log_ratios)
 
     @classmethod
@@ -108,6 +112,7 @@ class EvidenceProcess(AbstractStatisticRule):
        (2021). https://doi.org/10.1214/20-AOS2020
     """
 
+    per_exit: ClassVar[tuple[str, ...]] = ("edges",)
     knob_name: ClassVar[str] = "threshold"
 
     edges: Rows
@@ -146,7 +151,8 @@ def wald_boundaries(alpha: float, beta: float) -> tuple[float, float]:
     Parameters
     ----------
     alpha, beta : float
-        Error budgets: stopping a token that disagrees, giving up on one that agrees; in (0, 1).
+        Error budgets: stopping a token that disagrees, giving up on one that agrees; in (0, 1),
+        together below 1.
 
     Examples
     --------
@@ -157,6 +163,8 @@ def wald_boundaries(alpha: float, beta: float) -> tuple[float, float]:
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0.0 < value < 1.0:
             raise InvalidArgumentError(name, value, "in (0, 1)")
+    if not alpha + beta < 1.0:
+        raise InvalidArgumentError("beta", beta, f"below 1 - alpha = {1.0 - alpha:g}")
     return math.log((1.0 - beta) / alpha), math.log(beta / (1.0 - alpha))
 
 
@@ -179,7 +187,7 @@ def _score_laws(
     """Edges [n_exits, n_bins - 1] and the laws of agreeing and disagreeing scores [.., n_bins]."""
     if n_bins < 2:
         raise InvalidArgumentError("n_bins", n_bins, "an integer >= 2")
-    right = np.asarray(trace.losses[loss]) == 0
+    right = exit_losses(trace, loss) == 0
     edges = np.stack([equal_mass_edges(s, n_bins=n_bins) for s in np.asarray(trace.scores).T])
     laws = np.full((2, trace.n_exits, n_bins), 0.5)
     for stage in range(trace.n_exits):

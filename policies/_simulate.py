@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace
-from adaptive.policies._base import AbstractRule, Features, State, check_stage, held
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, Trace
+from adaptive.policies._base import AbstractRule, Features, State, check_exits, check_stage, held
 from adaptive.policies._noise import keyed_noise, unit_keys
 
 #: What is asked of a rule at a stage: (features, score, state) -> (tensor [batch], state).
@@ -45,9 +45,13 @@ def exit_stages(
     Raises
     ------
     InvalidArgumentError
-        If the rule reads answers and the trace has no ``answers`` column, or a stage is not in
-        the trace.
+        If the rule reads answers and the trace has no ``answers`` column, a stage is not in
+        the trace, or the rule has entries for fewer exits than are asked.
+    InvalidTypeError
+        If ``rule`` is no rule.
     """
+    if not isinstance(rule, AbstractRule):
+        raise InvalidTypeError("rule", rule, "an AbstractRule (of a policy: `policy.rule`)")
     scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
     found = torch.full(scores.shape[:2], scores.shape[2], dtype=torch.int64)
     walk = _walk(rule, rule.decide, trace, stages=stages, seed=seed, absorbing=True)
@@ -90,6 +94,7 @@ def _walk(
     """Ask at every (token, stage); if absorbing, an answer of True ends the token for its row."""
     scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
     asked = _asked(stages, trace)
+    check_exits(rule, asked)
     answers = _answers(rule, trace)
     positions = _padded(positions_of(trace), trace.lengths)[0]
     keys = unit_keys(trace.unit_ids) if "noise" in rule.needs else None
@@ -128,11 +133,12 @@ def positions_of(trace: Trace) -> NDArray[np.int64]:
 def _asked(stages: tuple[int, ...] | None, trace: Trace) -> tuple[int, ...]:
     """Return the exits given, else those the trace says were asked, else all."""
     if stages is None:
-        asked = trace.columns.get("asked", np.ones((1, trace.n_exits), dtype=bool))
-        return tuple(int(stage) for stage in np.flatnonzero(asked[0]))
-    if check_stage(stages)[-1] >= trace.n_exits:
+        marks = trace.columns.get("asked", np.ones((1, trace.n_exits), dtype=bool))
+        return tuple(int(stage) for stage in np.flatnonzero(marks[0]))
+    asked = check_stage(stages)
+    if asked[-1] >= trace.n_exits:
         raise InvalidArgumentError("stages", stages, f"exits of the trace, 0..{trace.n_exits - 1}")
-    return stages
+    return asked
 
 
 def _answers(rule: AbstractRule, trace: Trace) -> Tensor | None:

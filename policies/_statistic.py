@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import replace
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, Trace
 from adaptive.policies._base import AbstractRule, Features, State
 from adaptive.policies._simulate import largest
 
@@ -109,6 +110,8 @@ def comparable(threshold: float | tuple[float, ...], *, device: torch.device) ->
 
 
 def check_knob(name: str, value: float) -> None:
-    """Raise if a knob is NaN."""
+    """Raise if a knob is NaN or no number."""
+    if not isinstance(value, Real):
+        raise InvalidTypeError(name, value, "a number")
     if math.isnan(value):
         raise InvalidArgumentError(name, value, "a number, not NaN")

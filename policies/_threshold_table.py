@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class ThresholdTable(AbstractRule):
     InvalidArgumentError
         If the table is ragged, a threshold is NaN, or ``level`` is not in the table.
     """
+
+    per_exit: ClassVar[tuple[str, ...]] = ("row",)
 
     levels: tuple[float, ...]
     thresholds: tuple[tuple[float, ...], ...]

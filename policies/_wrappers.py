@@ -170,6 +170,7 @@ class VoteShare(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"answer"})
+    per_exit: ClassVar[tuple[str, ...]] = ("n_stages",)
     upper: ClassVar[float] = 1.0
 
     n_stages: int
@@ -214,6 +215,7 @@ class BetaMajority(AbstractScore):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"answer"})
+    per_exit: ClassVar[tuple[str, ...]] = ("n_stages",)
     upper: ClassVar[float] = 1.0
 
     n_stages: int

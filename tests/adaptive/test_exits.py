@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ from adaptive._fingerprint import (
     tokens_hash,
 )
 from adaptive.calibration import CertificateError
+from adaptive.policies import DynamicVocabulary, Margin, Mode, Policy, ProbeScore, Threshold
 
 
 def _filled(helpers: ModuleType, *, rank: int = 2) -> tuple[Any, Exits]:
@@ -186,6 +188,35 @@ def test_exits_go_with_their_model_in_another_precision(
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     with pytest.raises(InvalidArgumentError, match="exits of this model in any precision"):
         get_exits(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", ["exact", "propagate", "verify"])
+def test_trained_exits_stay_float32_in_a_model_of_any_precision(
+    helpers: ModuleType, dtype: torch.dtype, mode: Mode
+) -> None:
+    """Translators meet states of the model's own precision, and hand such states on."""
+    model, exits = _filled(helpers)
+    exits.record = replace(exits.record, settings={"steps": 1})
+    model.to(dtype)
+    ids, _ = helpers.prompts((5, 5))
+    for score in (ProbeScore(), Margin(), Margin(pruned=True), DynamicVocabulary((9, 9, 9))):
+        output = generate(
+            model,
+            ids,
+            policy=Policy(score, Threshold(0.0), stages=(0, 1, 2), mode=mode),
+            max_new_tokens=5,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert mode == "verify" or (output.exit_stages[:, 1:] < 3).all()
+    hidden = torch.randn(2, exits.shift.shape[1]).to(dtype)
+    moved = exits.translate(1, hidden)
+    assert moved.dtype is dtype
+    assert exits.down.dtype is torch.float32
+    torch.testing.assert_close(
+        moved.float(), exits.translate(1, hidden.float()), rtol=2e-2, atol=2e-2
+    )
 
 
 def test_exits_beside_a_model_are_found(helpers: ModuleType, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def script() -> Any:
         patch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
         found = importlib.import_module("certify_policies")
         yield found
-        for name in ("certify_policies", "policy_rows"):
-            sys.modules.pop(name)
+        for name in ("certify_policies", "policy_rows", "bench_policy_cost"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,15 @@ def test_the_page_shows_the_records(script: Any) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     assert script.end_to_end_table() in page
     assert script.catalogue() in page
+
+
+def test_the_cost_of_every_policy_is_on_the_page(script: Any) -> None:
+    """Every row has been timed, and no decision alone is a large share of a head."""
+    cost = importlib.import_module("bench_policy_cost")
+    found = json.loads(cost.RESULTS.read_text(encoding="utf-8"))["policies"]
+    assert [row["name"] for row in found] == [row.name for row in script.ROWS]
+    assert max(row["decide"][0] for row in found) < 0.1
+    assert cost.table() in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_certified_thresholds_keep_the_target(per_unit: int) -> None:
     ("build", "message"),
     [
         (lambda: agreement_thresholds(noise(0), targets=()), "targets"),
-        (lambda: agreement_thresholds(noise(0), targets=(0.5, 0.9)), "levels"),
+        (lambda: agreement_thresholds(noise(0), targets=(0.5, 0.9)), "targets"),
         (
             lambda: certified_agreement_thresholds(noise(0), targets=(0.5,), delta=0.0),
             "delta",

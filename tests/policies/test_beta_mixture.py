@@ -192,7 +192,7 @@ def test_equality_goes_on() -> None:
 
 def test_tracker_follows_the_traffic_and_promises_nothing() -> None:
     tracker = BetaMixtureTracker(target=0.5, window=400)
-    with pytest.raises(InvalidArgumentError, match="`mixtures`"):
+    with pytest.raises(InvalidArgumentError, match="run the first unit at full depth"):
         tracker.rule()
     rng = np.random.default_rng(0)
     for prior in (0.3, 0.9):

@@ -103,6 +103,10 @@ def test_eero_limits() -> None:
     prior = (1 / COSTS) / (1 / COSTS).sum()
     hot = exponential_weights(RISKS, COSTS, 2.5, temperature=1e6)
     np.testing.assert_allclose(hot, prior, atol=1e-5)
+    tight = exponential_weights(RISKS, COSTS, 1.5, temperature=1e6)  # the risks no longer count
+    np.testing.assert_allclose(tight @ COSTS, 1.5)
+    tilt = np.log(tight / prior)
+    assert np.diff(tilt)[1] / np.diff(tilt)[0] == pytest.approx(2.0, rel=1e-4)  # as costs do
     shifted = exponential_weights(RISKS - 0.2, COSTS, 2.0)
     np.testing.assert_allclose(shifted, exponential_weights(RISKS, COSTS, 2.0), atol=1e-9)
 

@@ -42,7 +42,7 @@ def test_both_consistencies() -> None:
         textual_consistency(["a"], [], distance=token_f1_distance)
 
 
-@pytest.mark.parametrize("score", [Margin(), Saturation(), LinearGate(((1.0,),), (0.0,))])
+@pytest.mark.parametrize("score", [Margin(), Saturation(), LinearGate(((1.0,),) * 2, (0.0,) * 2)])
 def test_calm_is_three_scores_and_one_rule(score) -> None:
     policy = calm_policy(score, stages=(0, 1), length=100)
     assert policy.mode == "propagate"
@@ -123,16 +123,26 @@ def test_the_last_certified_member_is_returned_not_the_first_failure() -> None:
 @pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize(
-    ("points", "certified", "released"), [(11, 0.014, 0.102), (21, 0.041, 0.105)]
+    ("points", "certified", "released"),
+    [(11, 0.014, 0.102), (21, 0.041, 0.105), (101, 0.053, 0.065)],
 )
-def test_off_by_one_on_two_grids(points: int, certified: float, released: float) -> None:
+def test_off_by_one_on_three_grids(points: int, certified: float, released: float) -> None:
     """4,000 calibrations: violation rates of the last certified and the first failing member."""
     rng = np.random.default_rng(points)
     risks = 0.3 * np.linspace(0.0, 1.0, points)
     ours = theirs = 0
     for _ in range(4000):
-        losses = (rng.uniform(size=(100, 1)) < risks[None, :]).astype(float)
-        index = control_risk(losses, risk=0.1, delta=0.1, loss_type="binary").index or 0
+        draw = rng.uniform(size=100)
+        index = (
+            control_risk(
+                lambda column, draw=draw: (draw < risks[column]).astype(float),
+                n_columns=points,
+                risk=0.1,
+                delta=0.1,
+                loss_type="binary",
+            ).index
+            or 0
+        )
         ours += risks[index] > 0.1 + 1e-12
         theirs += risks[min(index + 1, points - 1)] > 0.1 + 1e-12
     assert ours <= stats.binom.ppf(0.999, 4000, 0.1)

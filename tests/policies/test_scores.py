@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -283,6 +284,28 @@ def test_a_gate_forgets_the_gradients_of_earlier_steps() -> None:
     right, wrong = trained(clear=True), trained(clear=False)
     assert right != wrong
     assert loss(right) < 0.6
+
+
+def test_statistics_survive_logits_of_any_size() -> None:
+    logits = torch.tensor([[1000.0, 0.0, -math.inf], [1.0, 1.0, -math.inf]])
+    found = [
+        torch.logit(once(StatisticsGate((tuple(row),), (0.0,)), at(logits=logits)))
+        for row in torch.eye(4).tolist()
+    ]
+    half = [0.5, math.log(2), 0.0, math.log(2)]
+    np.testing.assert_allclose([value[1].item() for value in found], half, atol=1e-6)
+    np.testing.assert_allclose([value[0].item() for value in found], [1, 0, 1, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_gate_is_trained_where_gradients_are_off(mode: Any) -> None:
+    """Traces are collected without gradients; a fit in the same block must not fail."""
+    rng = np.random.default_rng(3)
+    hidden, agree = rng.normal(size=(30, 2, 3)), rng.uniform(size=(30, 2)) < 0.5
+    settings = {"width": 4, "embedding": 1, "steps": 3}
+    with mode():
+        inside = HaltingGate.fit(hidden, agree, **settings)
+    assert inside == HaltingGate.fit(hidden, agree, **settings)
 
 
 def test_halting_gate_learns_what_a_linear_gate_cannot() -> None:

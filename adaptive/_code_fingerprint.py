@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from adaptive._fingerprint import model_fingerprint, tensors_fingerprint
+from adaptive.calibration import UnsupportedError
 
 _estimators: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = (
     weakref.WeakKeyDictionary()
@@ -33,11 +35,24 @@ def code_fingerprint(function: Callable[..., Any]) -> str:
 
 
 def estimator_fingerprint(estimator: Any) -> str:
-    """Fingerprint of a fitted estimator, remembered until an attribute is replaced."""
+    """Fingerprint of a fitted estimator, remembered until an attribute is replaced.
+
+    Raises
+    ------
+    UnsupportedError
+        If it cannot be pickled, and so not told from another.
+    """
     version = tuple(sorted((name, id(value)) for name, value in vars(estimator).items()))
     known = _estimators.get(estimator)
     if known is None or known[0] != version:
-        known = (version, str(joblib.hash(estimator))[:24])
+        try:
+            known = (version, str(joblib.hash(estimator))[:24])
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UnsupportedError(
+                f"an estimator of type {type(estimator).__name__} cannot be pickled, so a "
+                "certificate could not tell it from another: define its class in a module, or "
+                "pass a function that returns its logits"
+            ) from error
         _estimators[estimator] = known
     return known[1]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from adaptive._rows import Batch, count_rows, join_rows, row_hashes, take_rows
+from adaptive._rows import Batch, count_rows, is_frame, join_rows, row_hashes, take_rows
 from adaptive._stages import AbstractStages
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError
 
@@ -82,9 +82,9 @@ def read_examples(
     ----------
     dataset
         ``(inputs, labels)``, or inputs alone: a tensor, an array, a mapping of these, a list of
-        rows or texts; a ``datasets.Dataset`` or a list of dicts with a column ``label`` or
-        ``labels`` if there are labels; a DataLoader of ``(inputs, labels)``, of dicts, or of
-        inputs; a list, or a ``torch.utils.data.Dataset``, of ``(input, label)`` pairs.
+        rows or texts; a ``datasets.Dataset``, a list of dicts or a pandas DataFrame with a column
+        ``label`` or ``labels`` if there are labels; a DataLoader of ``(inputs, labels)``, of dicts,
+        or of inputs; a list, or a ``torch.utils.data.Dataset``, of ``(input, label)`` pairs.
     stages : AbstractStages
         What the rows are for.
     column : str, optional
@@ -132,7 +132,7 @@ def _parts(dataset: Any) -> Iterator[Any]:
     if hasattr(dataset, "column_names") and hasattr(dataset, "features"):  # datasets.Dataset
         yield {name: dataset[name][:] for name in dataset.column_names}
         return
-    if isinstance(dataset, tuple | Tensor | np.ndarray | Mapping):
+    if isinstance(dataset, tuple | Tensor | np.ndarray | Mapping) or is_frame(dataset):
         yield dataset
         return
     rows = _listed(dataset)
@@ -178,8 +178,8 @@ def _named(
     inputs = part
     if isinstance(part, tuple) and len(part) == 2 and not isinstance(part[1], str):
         inputs, labels = part
-    if isinstance(inputs, Mapping):
-        columns = dict(inputs)
+    if isinstance(inputs, Mapping) or is_frame(inputs):
+        columns = dict(inputs.items())
         if group_key is not None:
             if group_key not in columns:
                 raise InvalidArgumentError("groups", group_key, f"one of {sorted(columns)}")
@@ -187,7 +187,9 @@ def _named(
         for name in _LABELS:
             if labels is None and name in columns and name != column:
                 labels = columns.pop(name)
-        inputs = _chosen(columns, column)
+        inputs = (
+            _of_frame(inputs, columns, column) if is_frame(inputs) else _chosen(columns, column)
+        )
     elif group_key is not None:
         raise InvalidArgumentError("groups", group_key, "values: these inputs have no columns")
     if labels is not None and len(labels) != count_rows(inputs):
@@ -195,6 +197,13 @@ def _named(
             "dataset", f"{len(labels)} labels", f"one per row, {count_rows(inputs)}"
         )
     return stages.units(inputs), labels, clusters
+
+
+def _of_frame(frame: Any, columns: dict[str, Any], column: str | None) -> Batch:
+    """Return a table as the frame it is; a column of texts or of inputs as from any dataset."""
+    if column is None and not set(columns) & {*_TEXTS, *_INPUTS}:
+        return frame[list(columns)]
+    return _chosen({name: values.tolist() for name, values in columns.items()}, column)
 
 
 def _chosen(columns: dict[str, Any], column: str | None) -> Batch:

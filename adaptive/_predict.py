@@ -110,7 +110,7 @@ def predict(
         estimators with ``predict_proba``).
     batch
         What the model takes, with one row per unit: a tensor, an array, a mapping of these, a
-        list; texts for a Hugging Face text encoder.
+        pandas DataFrame, a list; texts for a Hugging Face text encoder.
     policy : Policy, optional
         When to stop; without one every row gets full computation.
     certified : bool

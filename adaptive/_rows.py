@@ -12,8 +12,13 @@ from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError
 
-#: A tensor or array with one row per unit, a mapping of such, or a list of anything.
+#: A tensor, array or pandas frame with one row per unit, a mapping of such, or a list of anything.
 Batch = Any
+
+
+def is_frame(batch: Batch) -> bool:
+    """Whether a batch is a pandas DataFrame; pandas is not imported to find out."""
+    return hasattr(batch, "iloc") and hasattr(batch, "columns")
 
 
 def count_rows(batch: Batch) -> int:
@@ -33,9 +38,11 @@ def count_rows(batch: Batch) -> int:
         return next(iter(counts.values()))
     if isinstance(batch, Tensor | np.ndarray) and batch.ndim > 0:
         return int(batch.shape[0])
-    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+    if is_frame(batch) or (isinstance(batch, Sequence) and not isinstance(batch, str | bytes)):
         return len(batch)
-    raise InvalidTypeError("batch", batch, "a tensor, an array, a mapping of these, or a list")
+    raise InvalidTypeError(
+        "batch", batch, "a tensor, an array, a mapping of these, a pandas DataFrame, or a list"
+    )
 
 
 def take_rows(batch: Batch, index: Tensor) -> Batch:
@@ -46,6 +53,8 @@ def take_rows(batch: Batch, index: Tensor) -> Batch:
         return batch[index.to(batch.device)]
     if isinstance(batch, np.ndarray):
         return batch[index.cpu().numpy()]
+    if is_frame(batch):
+        return batch.iloc[index.cpu().numpy()]
     return [batch[i] for i in index.tolist()]
 
 
@@ -60,6 +69,10 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
         return torch.cat(list(batches))
     if isinstance(first, np.ndarray):
         return np.concatenate(batches)
+    if is_frame(first):
+        import pandas as pd
+
+        return pd.concat(list(batches))
     return [row for batch in batches for row in batch]
 
 
@@ -68,6 +81,11 @@ def row_hashes(batch: Batch) -> tuple[str, ...]:
 
     Floating-point values are compared in float32, integers in int64.
     """
+    if is_frame(batch):
+        names = [str(name) for name in batch.columns]
+        batch = [
+            dict(zip(names, row, strict=True)) for row in batch.itertuples(index=False, name=None)
+        ]
     pieces = [_row_bytes(batch, row) for row in range(count_rows(batch))]
     return tuple(hashlib.sha256(piece).hexdigest()[:24] for piece in pieces)
 

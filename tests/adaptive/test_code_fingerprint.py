@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from adaptive._code_fingerprint import code_fingerprint, estimator_fingerprint
+from adaptive.calibration import UnsupportedError
 
 
 def made(**names: Any) -> Callable[..., Any]:
@@ -148,3 +149,13 @@ def test_other_processes_find_the_same(tmp_path: Path) -> None:
         for seed in ("1", "2")
     }
     assert len(found) == 1
+
+
+def test_an_estimator_that_cannot_be_told_from_others_is_refused() -> None:
+    class Local:
+        """Has no name in a module, so it cannot be pickled."""
+
+        def predict_proba(self, rows: Any) -> Any: ...
+
+    with pytest.raises(UnsupportedError, match=r"type Local cannot be pickled.*pass a function"):
+        estimator_fingerprint(Local())

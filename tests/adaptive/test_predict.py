@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
 
 from adaptive import (
     InvalidArgumentError,
     Policy,
     UnsupportedError,
+    calibrate,
     predict,
 )
 from adaptive.calibration import InvalidTypeError
@@ -399,6 +402,36 @@ def test_batches_without_rows(model: Staged, batch: Any, match: str) -> None:
 def test_a_batch_of_no_kind(model: Staged) -> None:
     with pytest.raises(InvalidTypeError, match="batch"):
         predict(model, 3.0)
+
+
+def test_a_table_stays_a_frame_with_its_labels_taken_out() -> None:
+    """Estimators fitted on a frame are asked with one, in its own columns and order."""
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(3)
+    table = pd.DataFrame(rng.normal(size=(900, 4)), columns=["age", "sex", "fare", "class"])
+    table["label"] = (table.to_numpy().sum(axis=1) > 0).astype(int)
+    table = table.sample(frac=1.0, random_state=0)  # its index is no longer 0, 1, 2, ...
+    train, draw, fresh = table[:300], table[300:800], table[800:]
+    names = [name for name in table.columns if name != "label"]
+    few = ColumnTransformer([("few", "passthrough", ["age", "class"])])
+    small = make_pipeline(few, LogisticRegression()).fit(train[names], train["label"])
+    large = LogisticRegression().fit(train[names], train["label"])
+
+    settings: dict[str, Any] = {"delta": 0.1, "batch_size": 64, "progress": False}
+    policy = calibrate([small, large], draw, 0.3, loss="error", **settings)
+    apart = calibrate([small, large], (draw[names], draw["label"]), 0.3, loss="error", **settings)
+    assert policy.certificate.n == 350
+    assert policy.certificate.fingerprints["data"] == apart.certificate.fingerprints["data"]
+    assert policy.certificate.split["test_units"] == apart.certificate.split["test_units"]
+
+    policy = Policy(MaxProbability(), Threshold(0.9), stages=(0,))
+    found = predict([small, large], fresh[names], policy=policy, batch_size=17)
+    early = small.predict_proba(fresh[names])
+    stops = early.max(axis=1) >= np.float32(0.9)
+    expected = np.where(stops, early.argmax(axis=1), large.predict(fresh[names]))
+    assert 0 < stops.sum() < len(fresh)
+    assert found.labels.tolist() == expected.tolist()
+    assert (found.exit_stages.numpy() == 0).tolist() == stops.tolist()
 
 
 def test_estimators_count_classes_from_zero() -> None:

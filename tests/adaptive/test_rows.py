@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ BATCHES: dict[str, Any] = {
     "tensor": torch.tensor(NUMBERS),
     "array": np.array(NUMBERS),
     "list": [torch.tensor(row) for row in NUMBERS],
+    "frame": pd.DataFrame({"a": [1, 2, 3], "b": ["x", "y", "z"]}, index=[5, 5, 1]),
     "texts": ["one", "two", "three"],
     "mapping": {"a": torch.tensor(NUMBERS), "b": np.array([7, 8, 9]), "c": ["x", "y", "z"]},
 }
@@ -26,6 +28,8 @@ def plain(batch: Any) -> Any:
         return {name: plain(value) for name, value in batch.items()}
     if isinstance(batch, list):
         return [plain(row) for row in batch]
+    if isinstance(batch, pd.DataFrame):
+        return batch.to_dict("list")
     return batch.tolist() if isinstance(batch, torch.Tensor | np.ndarray) else batch
 
 
@@ -66,6 +70,12 @@ def test_different_rows_have_different_names() -> None:
     assert len(set(names)) == len(rows)
 
 
+def test_rows_of_a_frame_are_named_as_those_of_a_mapping() -> None:
+    frame = BATCHES["frame"]
+    assert row_hashes(frame) == row_hashes(frame.to_dict("list"))
+    assert row_hashes(frame.iloc[[2, 0]]) == tuple(row_hashes(frame)[i] for i in (2, 0))
+
+
 def test_a_mapping_of_unequal_lengths_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="a mapping of entries with as many rows"):
         count_rows({"a": torch.zeros(2), "b": torch.zeros(3)})
@@ -73,7 +83,7 @@ def test_a_mapping_of_unequal_lengths_is_refused() -> None:
 
 @pytest.mark.parametrize("batch", ["one text", b"bytes", 3, torch.tensor(1.0), None])
 def test_what_has_no_rows_is_refused(batch: Any) -> None:
-    with pytest.raises(InvalidTypeError, match="a tensor, an array, a mapping of these, or a list"):
+    with pytest.raises(InvalidTypeError, match="a mapping of these, a pandas DataFrame, or a list"):
         count_rows(batch)
 
 

@@ -42,6 +42,21 @@ def test_the_proof_can_fail(tmp_path: Path) -> None:
     assert "torch" in loaded_after("from adaptive import Policy", tmp_path)
 
 
+def seconds_of(statement: str, cwd: Path) -> float:
+    """Processor time of a statement in a new interpreter: other work on the machine counts less."""
+    code = (
+        f"import time\nstart = time.process_time()\n{statement}\nprint(time.process_time() - start)"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd)
+    return float(ran.stdout)
+
+
+def test_importing_the_root_is_quick(tmp_path: Path) -> None:
+    assert seconds_of("import adaptive", tmp_path) < 0.3
+    assert seconds_of("import adaptive.policies", tmp_path) > 0.3  # the proof can fail
+
+
 def test_a_script_in_the_clone_finds_the_floors_beside_the_folder() -> None:
     root = Path(__file__).parents[2]
     code = "import adaptive.policies, adaptive.calibration; print(adaptive.calibration.__file__)"

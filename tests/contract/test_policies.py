@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive import policies
-from adaptive.calibration import Trace
+from adaptive.calibration import Trace, fit_isotonic, fit_platt
 from adaptive.policies import Features, Policy, exit_stages, keyed_noise, unit_keys
 from adaptive.policies._base import AbstractRule, AbstractSchedule, AbstractScore
 
@@ -337,6 +337,35 @@ def test_a_row_does_not_see_its_neighbours(score: AbstractScore, dtype: torch.dt
             assert all_rows.dtype is torch.float32
             torch.testing.assert_close(some, all_rows[rows], rtol=1e-5, atol=1e-6)
         together, alone = score.advance(together), score.advance(alone)
+
+
+def _scores_along(score: AbstractScore, seed: int) -> Tensor:
+    """Scores of three rows at every exit, [3, n_exits]."""
+    state, found = score.init(3, device=table.CPU), []
+    for stage in range(table.N_EXITS):
+        value, state = score.score(table.features_at(stage, 3, seed=seed), state)
+        found.append(value)
+    return torch.stack(found, dim=1)
+
+
+@each_score
+@pytest.mark.parametrize("method", [fit_isotonic, fit_platt])
+def test_every_score_can_be_calibrated(score: AbstractScore, method: Any) -> None:
+    """The map gives probabilities, keeps the order within an exit, and "no score" as it is."""
+    scores = torch.cat([_scores_along(score, seed) for seed in range(60)]).numpy()
+    trace = Trace(
+        scores=scores,
+        losses={"disagreement": np.random.default_rng(0).uniform(size=scores.shape) < 0.5},
+        costs=np.arange(1.0, table.N_EXITS + 2.0),
+        cost_quantity="layers",
+    )
+    calibrated = policies.Calibrated.fit(score, trace, method=method)
+    for seed in range(70, 80):
+        plain, mapped = _scores_along(score, seed), _scores_along(calibrated, seed)
+        assert torch.equal(mapped == -math.inf, plain == -math.inf)
+        assert ((mapped == -math.inf) | (mapped >= 0.0) & (mapped <= 1.0)).all()
+        order = plain.argsort(dim=0)
+        assert (mapped.gather(0, order)[1:] >= mapped.gather(0, order)[:-1]).all()
 
 
 @each_score

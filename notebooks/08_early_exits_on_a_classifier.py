@@ -38,20 +38,19 @@ from adaptive.policies import Margin, MaxProbability, NegativeEntropy, exit_stag
 torch.manual_seed(0)
 
 # %% [markdown]
-# ## Data in four parts
+# ## Data in five parts
 #
-# One part trains the model, one its exits, one calibrates, one stands for the traffic of tomorrow.
-# An image is a unit: the promise is about images drawn from this pool.
+# One part trains the model, one its exits, one is for looking at scores, one calibrates, one stands
+# for the traffic of tomorrow. An image is a unit: the promise is about images drawn from this pool.
 
 # %%
 images, digits = load_digits(return_X_y=True)
 images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
 digits = torch.tensor(digits)
-parts = torch.randperm(len(images)).split([700, 250, 550, 297])
-train, shape, draw, fresh = parts
-print(
-    {name: len(part) for name, part in zip(("train", "exits", "draw", "fresh"), parts, strict=True)}
-)
+parts = torch.randperm(len(images)).split([700, 150, 150, 500, 297])
+train, shape, look, draw, fresh = parts
+names = ("train", "exits", "look", "draw", "fresh")
+print({name: len(part) for name, part in zip(names, parts, strict=True)})
 
 # %% [markdown]
 # ## The model
@@ -106,7 +105,7 @@ exits = train_classifier_exits(model, images[shape], layers=(2, 4, 6), progress=
 figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
 depths = np.array([2, 4, 6, 8])
 for score in (MaxProbability(), Margin(), NegativeEntropy()):
-    trace = collect_predictions(model, images[shape], score=score, progress=False)
+    trace = collect_predictions(model, images[look], score=score, progress=False)
     path = [exit_stages(Threshold(knob), trace) for knob in Threshold().knobs(trace, size=60)]
     harm = [unit_losses(stops, trace).mean() for stops in path]
     axis.plot([depths[stops].mean() for stops in path], harm, label=type(score).__name__)

@@ -58,7 +58,7 @@ class Outcome:
     ----------
     loss : float, optional
         Observed loss, in fallback that of the early answers; ``None`` where it is not known, or
-        not yet (:meth:`Monitor.label`).
+        not yet (:meth:`Monitor.label`; not with `ScoreAudits`).
     score : float, optional
         Mean exit score; ``None`` where no exit was asked.
     depth : float
@@ -196,7 +196,9 @@ class Monitor:
             certificate promises; that it is not has probability delta, which comes on top. After a
             resumption the count begins anew.
         beta : float
-            P(resume, ever, while the risk is not below the promise) <= beta, per fallback.
+            P(resume, ever) <= beta in a fallback during which the early answers, compared along
+            the full model's own text, miss it in the mean at least as often as promised. See
+            *Wrong resumes* in the documentation for what that says of delivered texts.
         detector : AbstractRiskMonitor, optional
             Another promise about false alarms, say ``RiskMonitor(0.1, average_run_length=1e5)``;
             ``alpha`` is then not read.

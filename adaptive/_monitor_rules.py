@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -201,9 +202,9 @@ _COUNTS = (
 
 
 _MOVED = {
-    "score": "exit scores have moved away from the calibration's (labels say nothing yet)",
-    "depth": "exit depths have moved away from the calibration's (labels say nothing yet)",
-    "slowing": "exit scores return to their mean more slowly (labels say nothing yet)",
+    "score": "exit scores are not like the calibration's",
+    "depth": "exit depths are not like the calibration's",
+    "slowing": "exit scores return to their mean more slowly, or their mean or spread has moved",
 }
 
 
@@ -257,7 +258,22 @@ def observe(
 
     The same state and unit always give the same result: this is what makes a journal replay. A unit
     that is to be labelled but has no loss yet is no evidence until :func:`label`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For an audited unit without a loss under audits by score: there a unit that was not audited
+        counts with the loss its score lets expect, and that is fair only if the audited ones, whose
+        scores differ, count at the same time.
     """
+    missing = unit.audited and unit.loss is None
+    if missing and isinstance(rules.audits, ScoreAudits) and unit.epoch == state.epoch:
+        raise InvalidArgumentError(
+            "loss",
+            None,
+            "known when an audited unit finishes, where audits go by score (`ScoreAudits`): use "
+            "`UniformAudits` or `EvidenceAudits` for labels that come late or never",
+        )
     state = replace(
         state, next_unit=max(state.next_unit, unit.number + 1), finished=state.finished + 1
     )
@@ -343,16 +359,17 @@ def _guarded(
         state = replace(state, remaining=state.remaining - (unit.loss is not None))
         if state.remaining > 0:
             return state, ()
-        event = _event(rules, state, "clear", "ok", unit, "probation passed", time)
+        event = _event(rules, state, "clear", "ok", unit, "probation ended without an alarm", time)
         return replace(state, status="ok"), (event,)
     level = rules.detector.warn * rules.detector.threshold
     signs = rules.signs.warnings(state.signs)
     if state.status == "ok" and (value >= level or signs):
-        reason = _cause(rules, state) if value >= level else _MOVED[signs[0]]
+        reason = _cause(rules, state) if value >= level else _moved(signs)
         event = _event(rules, state, "warn", "warn", unit, reason, time)
         return replace(state, status="warn"), (event,)
     if state.status == "warn" and value < level / 2 and not signs:
-        event = _event(rules, state, "calm", "ok", unit, "nothing is left of the warning", time)
+        reason = "evidence is below half of the warning's level, and no sign is on"
+        event = _event(rules, state, "calm", "ok", unit, reason, time)
         return replace(state, status="ok"), (event,)
     return state, ()
 
@@ -390,7 +407,7 @@ def _fallen(
     state = replace(state, recovery=rules.recovery.update(state.recovery, [unit.loss]))
     if not bool(rules.recovery.resume(state.recovery)[0]):
         return state, ()
-    reason = f"early answers are within {rules.recovery.bound:g} again"
+    reason = f"evidence that early answers along full depth's text are within {_bound(rules)} again"
     event = _event(rules, state, "resume", "probation", unit, reason, time)
     return (
         replace(
@@ -411,13 +428,31 @@ def _withdrawn(rules: Rules, state: MonitorState) -> MonitorState:
 
 
 def _cause(rules: Rules, state: MonitorState) -> str:
-    """Say what moved, as far as the two bets can tell."""
-    if rules.curve is None:
-        return "losses exceed the promise"
+    """Say what the two bets show, and no more.
+
+    Which of them has reached a warning's level is known; why, is not. A curve is an upper limit:
+    that losses are not shown to exceed it does not show that scores explain them.
+    """
     level = rules.detector.warn * rules.detector.threshold
-    if float(rules.detector.evidence(state.curve)[0]) >= level:
-        return "losses exceed what their scores let expect: scores no longer mean what they meant"
-    return "losses exceed the promise, but not what their scores let expect: harder traffic"
+    broken, unexplained = (
+        float(rules.detector.evidence(bet)[0]) >= level for bet in (state.promise, state.curve)
+    )
+    promised = f"evidence that losses exceed the {_bound(rules)} promised"
+    if rules.curve is None:
+        return promised
+    if not unexplained:
+        return f"{promised}; none that they exceed what units with such scores may lose"
+    if not broken:
+        return "evidence that losses exceed what units with such scores may lose"
+    return f"{promised}, and what units with such scores may lose: scores do not explain it"
+
+
+def _moved(signs: Sequence[str]) -> str:
+    return " and ".join(_MOVED[sign] for sign in signs) + "; no evidence from labels yet"
+
+
+def _bound(rules: Rules) -> str:
+    return f"{rules.detector.bound:g}"
 
 
 def _event(

@@ -445,7 +445,7 @@ def test_callbacks_that_fail_do_not_stop_a_generation(caplog: pytest.LogCaptureF
     run(policy, monitor)
     assert monitor.status == "fallback"
     assert "a monitor's callback failed" in caplog.text
-    assert "losses exceed the promise" in caplog.text
+    assert "evidence that losses exceed" in caplog.text
 
 
 def _nervous() -> LifetimeRiskMonitor:

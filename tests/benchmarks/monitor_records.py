@@ -1,6 +1,7 @@
 """Unit-level records of the shipped model, from which `monitor_shipped.py` replays traffic.
 
     python tests/benchmarks/monitor_records.py --out FOLDER     # hours on two busy cores; resumable
+    python tests/benchmarks/monitor_records.py --out FOLDER --merge    # shards to one file
 
 A policy is calibrated once, which fixes a path of members. Then every prompt of every kind of
 traffic is generated for real under every member, each token labelled by a full-depth pass over the
@@ -61,8 +62,12 @@ def policy_of(model: Any, tokenizer: Any, prompts: Sequence[str], *, score: str)
     )
 
 
+#: Of each prompt, in this order.
+DISTORTIONS = ("shuffled words", "no spaces", "capitals", "foreign symbols")
+
+
 def adversarial(prompts: Sequence[str], *, rng: np.random.Generator) -> list[str]:
-    """Four distortions of each prompt: shuffled words, no spaces, upper case, foreign symbols."""
+    """Return all `DISTORTIONS` of each prompt."""
     found = []
     for prompt in prompts:
         words = prompt.split(" ")
@@ -84,6 +89,37 @@ def traffic(rng: int) -> tuple[list[str], dict[str, list[str]]]:
         "adversarial": adversarial(python[:150], rng=np.random.default_rng(rng)),
         "python": python,
     }
+
+
+def units_of(texts: Sequence[str], model: Any, tokenizer: Any) -> Units:
+    """Distinct prompts that are short enough."""
+    units = read_units(texts, model=model, tokenizer=tokenizer).distinct()
+    short = [i for i, prompt in enumerate(units.prompts) if len(prompt) <= LONGEST_PROMPT]
+    return units.select(short)
+
+
+def distortions(texts: Sequence[str], units: Units, tokenizer: Any) -> NDArray[np.uint8]:
+    """Place in `DISTORTIONS` of each adversarial unit; the first text that gives its tokens."""
+    places = {
+        tuple(tokenizer(text)["input_ids"]): place % len(DISTORTIONS)
+        for place, text in reversed(list(enumerate(texts)))
+    }
+    return np.array([places[tuple(prompt)] for prompt in units.prompts], np.uint8)
+
+
+def merge(folder: Path, kinds: dict[str, list[str]], model: Any, tokenizer: Any) -> None:
+    """Write all shards, and which distortion each adversarial unit is, into one file."""
+    found: dict[str, NDArray[Any]] = {}
+    for kind in kinds:
+        shards = [np.load(path) for path in sorted(folder.glob(f"{kind}-*.npz"))]
+        for name in ("loss", "shadow", "score", "depth"):
+            whole = np.concatenate([shard[name][:, 1:] for shard in shards])
+            found[f"{kind}_{name}"] = whole.astype(np.float32)
+    texts = kinds["adversarial"]
+    found["adversarial_distortion"] = distortions(
+        texts, units_of(texts, model, tokenizer), tokenizer
+    )
+    np.savez_compressed(folder / "records.npz", **found)
 
 
 def record(
@@ -136,12 +172,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--score", choices=sorted(SCORES), default="saturation")
     parser.add_argument("--limit", type=int, default=None, help="prompts per kind of traffic")
+    parser.add_argument("--merge", action="store_true")
     parser.add_argument("--shards", type=int, default=None, help="stop after so many new files")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     model, tokenizer = load_model()
     calibration, kinds = traffic(0)
+    if options.merge:
+        merge(options.out, kinds, model, tokenizer)
+        return
     saved = options.out / "policy.json"
     if not saved.exists():
         policy_of(model, tokenizer, calibration, score=options.score).save_pretrained(options.out)
@@ -152,9 +192,7 @@ def main() -> None:
     written = 0
     for kind, texts in kinds.items():
         texts = texts[: options.limit]
-        units = read_units(texts, model=model, tokenizer=tokenizer).distinct()
-        short = [i for i, prompt in enumerate(units.prompts) if len(prompt) <= LONGEST_PROMPT]
-        units = units.select(short)
+        units = units_of(texts, model, tokenizer)
         for start in range(0, len(units), SHARD):
             shard = options.out / f"{kind}-{start:05d}.npz"
             if shard.exists():

@@ -16,13 +16,14 @@ import json
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monitor_records import DISTORTIONS
 from numpy.typing import NDArray
 
 from adaptive._monitor_reference import Reference
@@ -33,6 +34,7 @@ from adaptive.calibration import (
     LifetimeRiskMonitor,
     UniformAudits,
     control_risk,
+    plan_detection,
 )
 from adaptive.calibration.conformance import violation_limit
 from adaptive.displays import MonitorDisplay
@@ -43,7 +45,7 @@ HERE = Path(__file__).parent / "results" / "monitor"
 PICTURE = HERE.parents[3] / "docs" / "pictures" / "monitored-run.png"
 MEMBER = 2
 ALPHA, DELTA, CALIBRATED = 0.05, 0.05, 196
-QUIET, MOST, LONGER, RUNS = 300, 1500, 300, 10
+QUIET, MOST, LONGER, RUNS = 300, 1500, 300, 40
 #: The certificate's promise, and a closer one that its units would have certified as well.
 PROMISES = (0.1, 0.075)
 Array = NDArray[np.float64]
@@ -58,9 +60,14 @@ AUDITS: dict[str, AbstractAudits] = {
 def records() -> dict[str, dict[str, Array]]:
     """Per kind of traffic: loss, shadow, score and depth ``[n_units, n_members]``, no member 0."""
     data = np.load(HERE / "records.npz")
-    kinds = sorted({name.split("_")[0] for name in data.files})
     names = ("loss", "shadow", "score", "depth")
-    return {kind: {n: data[f"{kind}_{n}"].astype(float) for n in names} for kind in kinds}
+    found = {
+        kind: {name: data[f"{kind}_{name}"].astype(float) for name in names}
+        for kind in ("adversarial", "prose", "python")
+    }
+    capitals = data["adversarial_distortion"] == DISTORTIONS.index("capitals")
+    found["capitals"] = {name: rows[capitals] for name, rows in found["adversarial"].items()}
+    return found
 
 
 def certified(known: dict[str, Array], promise: float, rng: np.random.Generator) -> Policy:
@@ -187,16 +194,17 @@ SCENARIOS: dict[str, tuple[str, dict[str, int]]] = {
     "Python to prose, at once": ("prose", {}),
     "Python to prose, over 1000 units": ("prose", {"ramp": 1000}),
     "Python to adversarial, at once": ("adversarial", {}),
+    "Python to capitals, at once": ("capitals", {}),
 }
 
 
 def shifts(
-    kinds: dict[str, dict[str, Array]], *, promise: float, runs: int, known: Container[str]
+    kinds: dict[str, dict[str, Array]], *, promise: float, runs: int, known: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every change of traffic under every way to label, but for the rows that are known."""
+    """Every change of traffic under every way to label, but for the rows of as many runs."""
     for name, (bad, settings) in SCENARIOS.items():
         for number, (labels, audits) in enumerate(AUDITS.items()):
-            if f"{name}; {labels}" in known:
+            if known.get(f"{name}; {labels}", {}).get("runs", 0) >= runs:
                 continue
             lives = [
                 shift(
@@ -209,7 +217,21 @@ def shifts(
                 )
                 for run in range(runs)
             ]
-            yield f"{name}; {labels}", summary(lives)
+            facts = summary(lives)
+            if not settings and audits == UniformAudits(1.0):
+                facts["planned_units_to_alarm"] = planned(kinds[bad], promise)
+            yield f"{name}; {labels}", facts
+
+
+def planned(known: dict[str, Array], promise: float) -> dict[str, float]:
+    """What the planner says of the change, every unit labelled, before any run."""
+    plan = plan_detection(
+        LifetimeRiskMonitor(promise, alpha=ALPHA),
+        losses=known["loss"][:, MEMBER - 1],
+        quiet=QUIET,
+        rng=0,
+    )
+    return {"median": plan.median_units, "q90": plan.q90_units}
 
 
 def quiet(losses: Array, *, promise: float, replicates: int) -> dict[str, Any]:

@@ -204,9 +204,36 @@ def test_the_plan_by_hand_and_in_words():
     assert certain.false_alarm_limit == 1.0
 
 
+def test_a_plan_from_recorded_losses():
+    monitor = RiskMonitor(0.05, average_run_length=1e5)
+    small = {"replicates": 100, "quiet": 0}
+    spread = plan_detection(monitor, factor=4, **small)
+    as_recorded = plan_detection(monitor, losses=[1.0, 0.0, 0.0, 0.0, 0.0], **small)
+    assert as_recorded.changed_risk == pytest.approx(spread.changed_risk) == pytest.approx(0.2)
+    assert as_recorded.least_units == pytest.approx(spread.least_units)
+    assert as_recorded.median_units == pytest.approx(spread.median_units, rel=0.2)
+    graded = plan_detection(monitor, losses=[0.1, 0.2, 0.3], **small)
+    assert graded.median_units < 0.5 * spread.median_units
+    certain = plan_detection(monitor, losses=[0.2], **small)  # known to the unit
+    bets = monitor.bet_sizes * 0.15
+    evidence, units = np.zeros(8), 0
+    while evidence.mean() < 1e5:
+        evidence, units = (1.0 + bets) * (evidence + 1.0), units + 1
+    assert certain.median_units == certain.q90_units == units
+    # twice as close to the bound: four times as long
+    near, nearer = (plan_detection(monitor, factor=f, **small) for f in (1.2, 1.1))
+    assert 3.0 < nearer.least_units / near.least_units < 4.5
+    assert nearer.median_units > 2.5 * near.median_units
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
+        ({"losses": [0.01, 0.02]}, r"mean is above the bound 0.05, got a mean of 0.015"),
+        ({"losses": [0.1, 1.5]}, r"`losses` must be in \[0, 1\], got 1.5 at position 1"),
+        ({"losses": [0.1, np.nan]}, "`losses` must be finite"),
+        ({"losses": [0.1], "factor": 2.0}, "`factor` must be left out where `losses` are given"),
+        ({"factor": 1.0001}, r"found within 10,000,000 units: this takes about"),
         ({"factor": 1.0}, r"`factor` must be such that factor x bound is in \(0.05, 1\)"),
         ({"factor": 30.0}, "`factor` must be such that"),
         ({"audit_rate": 0.0}, r"`audit_rate` must be in \(0, 1\]"),

@@ -291,9 +291,13 @@ class Monitor:
 
     @property
     def risk_so_far(self) -> float:
-        """Mean of the observed losses of the policy; NaN before the first."""
+        """Mean loss of the policy's units, estimated from those with a label; NaN before the first.
+
+        A label counts by the units it stands for, one over its chance of an audit: labels are more
+        frequent while a warning is on.
+        """
         state = self._state
-        return state.loss_sum / state.labelled if state.labelled else math.nan
+        return state.loss_sum / state.weight_sum if state.weight_sum else math.nan
 
     def __repr__(self) -> str:
         state = self._state

@@ -72,10 +72,13 @@ class Signs:
             new[name] = sign.update(state[name], put)
         return new
 
-    def warnings(self, state: State) -> tuple[str, ...]:
-        """Names of the signs that are on."""
-        signs = self._present().items()
-        return tuple(name for name, sign in signs if bool(sign.warning(state[name])[0]))
+    def warnings(self, state: State, *, share: float = 1.0) -> tuple[str, ...]:
+        """Names of the signs whose evidence is at least a share of their warning's level."""
+        return tuple(
+            name
+            for name, sign in self._present().items()
+            if sign.evidence(state[name])[0] >= share * sign.warn * sign.threshold
+        )
 
     def to_dict(self, state: State) -> dict[str, Any]:
         """JSON form of a state, exact to the last bit."""

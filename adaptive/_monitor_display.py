@@ -33,6 +33,8 @@ _MEANING: dict[Status, str] = {
 GREY = "#555555"
 #: Weight of the newest loss in the recent risk.
 _RECENT = 1 / 50
+#: Share of the axis within which transitions are named together.
+_NEAR = 0.06
 #: Fewest labels that a recent risk is shown from.
 _ENOUGH = 10
 
@@ -49,7 +51,7 @@ class MonitorDisplay:
         Recent observed loss (mean of about 50 labels), of the policy and, in fallback, of the
         early answers that were only compared; NaN elsewhere.
     mean : ndarray [n]
-        Mean observed loss of the policy so far.
+        Mean loss of the policy so far, a label counted by the units it stands for.
     evidence : ndarray [n]
     status : tuple of str
         State each unit ran in, or the label came in.
@@ -105,14 +107,17 @@ class MonitorDisplay:
         ran = {line["number"]: line["status"] for line in told if line["kind"] == "unit"}
         compared = np.array([ran[line["number"]] == "fallback" for line in told])
         own, other = np.where(compared, np.nan, losses), np.where(compared, losses, np.nan)
-        counts, sums = np.cumsum(~np.isnan(own)), np.cumsum(np.nan_to_num(own))
+        chance = {line["number"]: line["probability"] for line in told if line["kind"] == "unit"}
+        weights = np.array([1.0 / chance[line["number"]] for line in told])
+        counted = np.where(np.isnan(own), 0.0, weights)
+        counts, sums = np.cumsum(counted), np.cumsum(counted * np.nan_to_num(own))
         with np.errstate(invalid="ignore"):
-            mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+            mean = sums / counts
         whole = np.array([line["kind"] == "unit" for line in told])
         return cls(
             units=np.cumsum(whole),
-            risk=np.where(fallen, np.nan, _recent(own, fallen)),
-            shadow=np.where(fallen, _recent(other, ~fallen), np.nan),
+            risk=np.where(fallen, np.nan, _recent(own, weights, restart=fallen)),
+            shadow=np.where(fallen, _recent(other, weights, restart=~fallen), np.nan),
             mean=mean,
             evidence=np.array([line["evidence"] for line in told]),
             status=status,
@@ -143,7 +148,7 @@ class MonitorDisplay:
         artists: dict[str, Any] = {"states": self._shade(top)}
         self._shade(bottom)
         artists |= self._risks(top) | self._levels(bottom)
-        artists["events"] = [self._mark(event, top, bottom) for event in self.events]
+        artists["events"] = [self._mark(events, top, bottom) for events in self._grouped()]
         top.set_title(self.headline, loc="left", fontsize="medium", fontweight="bold")
         bottom.set_xlabel("units finished")
         bottom.set_xlim(0, max(int(self.units[-1]), 1))
@@ -217,13 +222,25 @@ class MonitorDisplay:
         axes.legend(loc="upper left", fontsize="small", ncols=3, framealpha=0.9)
         return found
 
-    def _mark(self, event: Event, top: Axes, bottom: Axes) -> Any:
-        """Mark a transition on both axes and name it between them."""
+    def _grouped(self) -> list[list[Event]]:
+        """Transitions, those too close for names of their own together."""
+        groups: list[list[Event]] = []
+        near = _NEAR * max(int(self.units[-1]), 1)
+        for event in self.events:
+            if groups and event.finished - groups[-1][0].finished < near:
+                groups[-1].append(event)
+            else:
+                groups.append([event])
+        return groups
+
+    def _mark(self, events: Sequence[Event], top: Axes, bottom: Axes) -> Any:
+        """Mark transitions on both axes and name them, once each, between them."""
         for axes in (top, bottom):
-            axes.axvline(event.finished, color="black", linewidth=0.8)
+            for event in events:
+                axes.axvline(event.finished, color="black", linewidth=0.8)
         return bottom.annotate(
-            event.kind,
-            (event.finished, 1.02),
+            ", ".join(dict.fromkeys(event.kind for event in events)),
+            (events[0].finished, 1.02),
             xycoords=("data", "axes fraction"),
             ha="center",
             va="bottom",
@@ -236,11 +253,15 @@ class MonitorDisplay:
         now, since = "ok", 0
         if self.events:
             now, since = self.events[-1].after, self.events[-1].finished
-        risk = self.mean[-1]
-        said = "no label yet" if np.isnan(risk) else f"Delivered risk so far {risk:.3g}"
+        recent, words = (
+            (self.shadow[-1], "full depth delivered; early answers would miss")
+            if now == "fallback"
+            else (self.risk[-1], "last labels")
+        )
+        said = "too few labels to say" if np.isnan(recent) else f"{words} {recent:.2f}"
         return (
-            f"Now: {now.upper()} since unit {since}. {said}, promised {self.promise:g}; "
-            f"{self.outside} of {self.units[-1]} units outside the certificate"
+            f"Now: {now.upper()} since unit {since}. Risk: {said}, promised {self.promise:g}. "
+            f"Outside the certificate: {self.outside} of {self.units[-1]}"
         )
 
     def _shade(self, axes: Axes) -> dict[Status, Any]:
@@ -275,14 +296,18 @@ def _statuses(lines: Sequence[Mapping[str, Any]]) -> tuple[Status, ...]:
     return tuple(found)
 
 
-def _recent(losses: NDArray[np.float64], restart: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Mean of the newest labels; it begins anew after every stretch of ``restart``."""
-    found, value, count = np.full(losses.size, np.nan), 0.0, 0
+def _recent(
+    losses: NDArray[np.float64], weights: NDArray[np.float64], *, restart: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Weighted mean of the newest labels; it begins anew after every stretch of ``restart``."""
+    found, total, weight, count = np.full(losses.size, np.nan), 0.0, 0.0, 0
     for i, loss in enumerate(losses):
         if restart[i]:
-            count = 0
+            total, weight, count = 0.0, 0.0, 0
         elif not np.isnan(loss):
             count += 1
-            value += (loss - value) * max(_RECENT, 1 / count) if count > 1 else loss - value
-        found[i] = value if count >= _ENOUGH else np.nan
+            share = max(_RECENT, 1 / count)
+            total += share * (weights[i] * loss - total)
+            weight += share * (weights[i] - weight)
+        found[i] = total / weight if count >= _ENOUGH else np.nan
     return found

@@ -126,8 +126,9 @@ class MonitorState:
         Number of the next unit to begin.
     finished, labelled, outside : int
         Units so far: all, those with an observed loss of the policy's own, those outside.
-    loss_sum : float
-        Sum of those losses.
+    loss_sum, weight_sum : float
+        Sums of those losses, and of ones, each over the chance that its unit would be audited: the
+        ratio estimates the mean loss of all units of the policy, audited or not.
     remaining : int
         Labelled units that probation still lasts.
     awaiting : tuple of Unit
@@ -153,6 +154,7 @@ class MonitorState:
     labelled: int = 0
     outside: int = 0
     loss_sum: float = 0.0
+    weight_sum: float = 0.0
     remaining: int = 0
     awaiting: tuple[Unit, ...] = ()
 
@@ -186,7 +188,10 @@ class MonitorState:
                 **{name: data[name] for name in _COUNTS},
             )
         except (KeyError, TypeError, InvalidArgumentError) as error:
-            raise JournalError(f"not a state of this monitor: {error}") from error
+            raise JournalError(
+                f"not a state of this monitor: {error}. If it is a snapshot, delete it: the "
+                "journal alone is enough"
+            ) from error
 
 
 _COUNTS = (
@@ -197,6 +202,7 @@ _COUNTS = (
     "labelled",
     "outside",
     "loss_sum",
+    "weight_sum",
     "remaining",
 )
 
@@ -367,8 +373,9 @@ def _guarded(
         reason = _cause(rules, state) if value >= level else _moved(signs)
         event = _event(rules, state, "warn", "warn", unit, reason, time)
         return replace(state, status="warn"), (event,)
-    if state.status == "warn" and value < level / 2 and not signs:
-        reason = "evidence is below half of the warning's level, and no sign is on"
+    fading = rules.signs.warnings(state.signs, share=0.5)
+    if state.status == "warn" and value < level / 2 and not fading:
+        reason = "all evidence is below half of its warning's level"
         event = _event(rules, state, "calm", "ok", unit, reason, time)
         return replace(state, status="ok"), (event,)
     return state, ()
@@ -394,7 +401,8 @@ def _bet(rules: Rules, state: MonitorState, unit: Unit) -> MonitorState:
         promise=promise,
         curve=curve,
         labelled=state.labelled + seen,
-        loss_sum=state.loss_sum + (unit.loss or 0.0),
+        loss_sum=state.loss_sum + (unit.loss or 0.0) / unit.probability,
+        weight_sum=state.weight_sum + seen / unit.probability,
     )
 
 

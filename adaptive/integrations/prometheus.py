@@ -22,8 +22,10 @@ class MonitorMetrics:
     ``Monitor.for_policy(policy, on_event=metrics.event, on_unit=metrics.unit)``
 
     - ``adaptive_units_total{status, inside}``: finished units;
-    - ``adaptive_audits_total``: units with an observed loss, and ``adaptive_loss_total``, the sum
-      of those losses: their ratio is the risk over any window;
+    - ``adaptive_audits_total``: units with an observed loss;
+    - ``adaptive_loss_total``: the sum of their losses, and ``adaptive_labelled_total``, the sum of
+      ones, each over the chance that its unit would be audited. The ratio of their increases is the
+      risk over any window, also where audits become more frequent;
     - ``adaptive_evidence``: evidence of the test in force;
     - ``adaptive_status{status}``: 1 for the state the monitor is in, 0 for the others;
     - ``adaptive_events_total{kind}``: transitions.
@@ -48,7 +50,10 @@ class MonitorMetrics:
             "adaptive_units", "Finished units", ["status", "inside"], **where
         )
         self._audits = client.Counter("adaptive_audits", "Units with an observed loss", **where)
-        self._loss = client.Counter("adaptive_loss", "Sum of observed losses", **where)
+        self._loss = client.Counter("adaptive_loss", "Losses over chances of an audit", **where)
+        self._labelled = client.Counter(
+            "adaptive_labelled", "Ones over chances of an audit, of units with a loss", **where
+        )
         self._evidence = client.Gauge("adaptive_evidence", "Evidence of the test in force", **where)
         self._status = client.Gauge("adaptive_status", "State of the monitor", ["status"], **where)
         self._events = client.Counter("adaptive_events", "Transitions", ["kind"], **where)
@@ -61,7 +66,8 @@ class MonitorMetrics:
             self._units.labels(watched.unit.status, inside).inc()
         if watched.unit.loss is not None and watched.unit.status != "fallback":
             self._audits.inc()
-            self._loss.inc(max(0.0, watched.unit.loss))
+            self._loss.inc(max(0.0, watched.unit.loss) / watched.unit.probability)
+            self._labelled.inc(1.0 / watched.unit.probability)
         self._evidence.set(watched.evidence)
         self._set(watched.status)
 

@@ -311,6 +311,28 @@ def test_signs_without_labels_warn_and_never_alarm() -> None:
     assert set(given.signs.warnings(state.signs)) >= {"score", "depth"}
 
 
+def test_a_sign_that_hovers_at_its_level_does_not_flap() -> None:
+    """On at its warning's level, off at half of it."""
+    rng = np.random.default_rng(6)
+    given = rules(signs=replace(_signs(rng), depth=None, slowing=None))
+    sign = given.signs.score
+    assert sign is not None
+    state, kinds = first_state(given), []
+    while not kinds:
+        state, watched = observe(given, state, unit_of(given, state, 0.0, 1.6), time=0.0)
+        kinds += [event.kind for event in watched.events]
+    level = sign.warn * sign.threshold
+    while state.status == "warn":
+        before = float(sign.evidence(state.signs["score"])[0])
+        state, watched = observe(
+            given, state, unit_of(given, state, 0.0, float(rng.normal())), time=0.0
+        )
+        kinds += [event.kind for event in watched.events]
+    after = float(sign.evidence(state.signs["score"])[0])
+    assert kinds == ["warn", "calm"]
+    assert after < level / 2 <= before
+
+
 def test_signs_ignore_other_members() -> None:
     rng = np.random.default_rng(5)
     given = rules(signs=_signs(rng))

@@ -10,17 +10,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from adaptive._monitor_journal import Journal, Snapshot
+from adaptive._monitor_outcome import Outcome, Ticket, checked
 from adaptive._monitor_records import Event, JournalError, Status, Unit, Watched
 from adaptive._monitor_reference import read_reference
 from adaptive._monitor_replay import label_record, replayed, unit_record
 from adaptive._monitor_rules import (
     MonitorState,
-    Plan,
     Rules,
     audit,
     evidence,
@@ -36,6 +36,7 @@ from adaptive.calibration import (
     EvidenceAudits,
     ExpectedLossCurve,
     InvalidArgumentError,
+    InvalidTypeError,
     LifetimeRiskMonitor,
     RecoveryTest,
     ScoreAudits,
@@ -43,58 +44,12 @@ from adaptive.calibration import (
     UnsupportedError,
     corrected_range,
 )
+from adaptive.calibration._validation import check_count
 from adaptive.policies import Policy
 
 _log = logging.getLogger(__name__)
 _SIGN_RUN_LENGTH = 1e4
 _LOUD = frozenset({"warn", "alarm", "trip"})
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is seen of one unit.
-
-    Parameters
-    ----------
-    loss : float, optional
-        Observed loss, in fallback that of the early answers; ``None`` where it is not known, or
-        not yet (:meth:`Monitor.label`; not with `ScoreAudits`).
-    score : float, optional
-        Mean exit score; ``None`` where no exit was asked.
-    depth : float
-        Mean layers (or any cost) per token.
-    tokens : int
-    """
-
-    loss: float | None
-    score: float | None
-    depth: float
-    tokens: int
-
-
-@dataclass
-class Ticket:
-    """Units that have begun together.
-
-    Parameters
-    ----------
-    numbers : range
-        Their numbers.
-    plan : Plan
-        What they run under.
-    policy : Policy, optional
-        The member that runs; ``None`` for full computation.
-    withdrawn : bool
-        Set by :meth:`Monitor.withdrawn` when the policy was withdrawn while they ran.
-    coins : list of (float, bool), optional
-        Chances and outcomes of their audits, where these do not depend on scores.
-    """
-
-    numbers: range
-    plan: Plan
-    policy: Policy | None
-    withdrawn: bool = False
-    coins: list[tuple[float, bool]] | None = None
 
 
 class Monitor:
@@ -238,6 +193,9 @@ class Monitor:
                 "tighten", tighten, "0 for a certificate that names no members of a path"
             )
         reference = read_reference(certificate)
+        if audits is not None and not isinstance(audits, AbstractAudits):
+            allowed = "UniformAudits, EvidenceAudits or ScoreAudits"
+            raise InvalidTypeError("audits", audits, allowed)
         if audits is None:
             free = policy.mode == "exact"
             audits = UniformAudits(1.0) if free else EvidenceAudits(0.1, 0.5)
@@ -246,16 +204,26 @@ class Monitor:
             detector = LifetimeRiskMonitor(
                 certificate.risk, alpha=alpha, lower=lower, upper=upper, warn=0.25
             )
+        elif not isinstance(detector, AbstractRiskMonitor):
+            raise InvalidTypeError("detector", detector, "a RiskMonitor or LifetimeRiskMonitor")
+        elif detector.bound > certificate.risk or detector.upper < certificate.bound:
+            raise InvalidArgumentError(
+                "detector",
+                detector,
+                f"one with a bound of at most the {certificate.risk:g} promised, for losses up to "
+                f"{certificate.bound:g}",
+            )
+        low = 0.0 if isinstance(audits, ScoreAudits) else min(0.0, detector.lower)
         rules = Rules(
             member=certificate.index or 0,
             detector=detector,
-            recovery=RecoveryTest(detector.bound, beta=beta, upper=certificate.bound),
+            recovery=RecoveryTest(detector.bound, beta=beta, lower=low, upper=certificate.bound),
             audits=audits,
             curve=reference.curve,
             curve_weight=curve_weight,
-            tighten=tighten,
-            probation=probation,
-            seed=seed,
+            tighten=check_count("tighten", tighten, least=0),
+            probation=check_count("probation", probation, least=0),
+            seed=check_count("seed", seed, least=0),
             signs=reference.signs(average_run_length=_SIGN_RUN_LENGTH),
         )
         return cls(
@@ -317,8 +285,7 @@ class Monitor:
         policy : Policy, optional
             Checked to be the monitored one.
         """
-        if units < 1:
-            raise InvalidArgumentError("units", units, "an integer >= 1")
+        units = check_count("units", units)
         if policy is not None and policy is not self.policy:
             found = policy_fingerprint(policy)
             if found != self._header["policy"]:
@@ -382,8 +349,15 @@ class Monitor:
             One per unit, in their order.
         covered : bool
             Whether the run met the conditions of the certificate.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the ticket's units have finished before, or an outcome is out of range. Nothing is
+            counted then.
         """
-        coins = self.audits(ticket, [outcome.score for outcome in outcomes])
+        seen = checked(ticket, outcomes, self.rules)
+        coins = self.audits(ticket, [outcome.score for outcome in seen])
         units = [
             Unit(
                 number=number,
@@ -400,7 +374,7 @@ class Monitor:
                 withdrawn=ticket.withdrawn,
             )
             for number, (probability, audited), outcome in zip(
-                ticket.numbers, coins, outcomes, strict=True
+                ticket.numbers, coins, seen, strict=True
             )
         ]
         with self._lock:
@@ -408,7 +382,10 @@ class Monitor:
             for unit in units:
                 state, watched = observe(self.rules, state, unit, time=now)
                 found.append(watched)
+            if ticket.finished:
+                raise InvalidArgumentError("ticket", ticket.numbers, "of units not yet finished")
             self._commit(state, [unit_record(watched, now) for watched in found])
+            ticket.finished = True
         self._tell([event for watched in found for event in watched.events], found)
         return tuple(found)
 

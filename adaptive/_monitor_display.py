@@ -114,6 +114,8 @@ class MonitorDisplay:
         with np.errstate(invalid="ignore"):
             mean = sums / counts
         whole = np.array([line["kind"] == "unit" for line in told])
+        if header["rules"]["audits"]["type"] != "ScoreAudits":
+            weights = np.ones(len(told))  # of the newest labels, all as likely as each other
         return cls(
             units=np.cumsum(whole),
             risk=np.where(fallen, np.nan, _recent(own, weights, restart=fallen)),

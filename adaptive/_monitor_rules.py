@@ -22,6 +22,7 @@ from adaptive.calibration import (
     combine_evidence,
     corrected_losses,
 )
+from adaptive.calibration._validation import check_number
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Rules:
     awaited: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.curve_weight <= 1.0:
+        if not 0.0 <= check_number("curve_weight", self.curve_weight) <= 1.0:
             raise InvalidArgumentError("curve_weight", self.curve_weight, "in [0, 1]")
         if self.curve is None and (self.curve_weight > 0 or isinstance(self.audits, ScoreAudits)):
             raise InvalidArgumentError(
@@ -306,11 +307,20 @@ def label(
             number,
             f"that of an audited unit without a label, among the newest {rules.awaited} of them",
         )
-    unit = replace(waiting.pop(number), loss=float(loss))
+    unit = replace(waiting.pop(number), loss=checked_loss(rules, loss))
     state = replace(state, awaiting=tuple(waiting.values()))
     state, events = _put(rules, state, unit, time)
     value = evidence(rules, state)
     return state, Watched(unit, _inside(unit), state.status, value, events, late=True)
+
+
+def checked_loss(rules: Rules, loss: float) -> float:
+    """Return a loss as a plain number in the range of the promise, whatever state it comes in."""
+    value = float(loss) if isinstance(loss, bool | np.bool_) else check_number("loss", loss)
+    low, high = rules.recovery.lower, rules.recovery.upper
+    if not low <= value <= high:
+        raise InvalidArgumentError("loss", loss, f"in [{low:g}, {high:g}]")
+    return value
 
 
 def trip(

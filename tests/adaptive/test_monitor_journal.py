@@ -23,7 +23,7 @@ from adaptive._monitor_journal import Journal, Snapshot, read_journal
 from adaptive._monitor_records import JournalError
 from adaptive._monitor_reference import Reference
 from adaptive._run import Run
-from adaptive.calibration import InvalidArgumentError, control_risk
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, RiskMonitor, control_risk
 from adaptive.policies import Policy, ProbeScore, Threshold
 
 HEADER = {"policy": "p", "rules": {"seed": 0}}
@@ -216,6 +216,105 @@ def test_a_changed_line_does_not_follow(tmp_path: Path, policy: Policy) -> None:
         alive(policy, path)
 
 
+# What is put in.
+
+GOOD = {"loss": 0.0, "score": 0.5, "depth": 2.0, "tokens": 8}
+
+
+@pytest.mark.parametrize("status", ["ok", "fallback"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": 1.5}, r"`loss` must be in \[0, 1\], got 1.5"),
+        ({"loss": -0.1}, r"`loss` must be in \[0, 1\]"),
+        ({"loss": float("nan")}, "`loss` must be finite"),
+        ({"loss": "bad"}, "`loss` must be a real number"),
+        ({"score": float("inf")}, "`score` must be finite"),
+        ({"depth": float("nan")}, "`depth` must be finite"),
+        ({"tokens": 2.5}, "`tokens` must be an integer"),
+    ],
+)
+def test_values_out_of_range_are_named_and_not_counted(
+    tmp_path: Path, policy: Policy, status: str, changes: dict[str, Any], words: str
+) -> None:
+    monitor = alive(policy, tmp_path / "j")
+    feed(monitor, [0.1])
+    if status == "fallback":
+        monitor.trip("by hand")
+    before, size = exact(monitor), (tmp_path / "j").stat().st_size
+    ticket = monitor.begin(2)
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=words):
+        monitor.finish(ticket, [Outcome(**GOOD), Outcome(**GOOD | changes)])
+    with pytest.raises(InvalidArgumentError, match="one Outcome for each of the 2 units"):
+        monitor.finish(ticket, [Outcome(**GOOD)])
+    assert (exact(monitor), (tmp_path / "j").stat().st_size) == (before, size)
+    monitor.finish(ticket, [Outcome(**GOOD)] * 2)
+    assert monitor.state.finished == 3
+
+
+def test_a_units_outcome_counts_once(tmp_path: Path, policy: Policy) -> None:
+    monitor = alive(policy, tmp_path / "j")
+    ticket = monitor.begin(1)
+    monitor.finish(ticket, [Outcome(**GOOD)])
+    before = exact(monitor)
+    with pytest.raises(InvalidArgumentError, match="of units not yet finished"):
+        monitor.finish(ticket, [Outcome(**GOOD)])
+    assert exact(monitor) == before
+
+
+def test_numbers_of_other_libraries_are_numbers(tmp_path: Path, policy: Policy) -> None:
+    with alive(policy, tmp_path / "j", seed=np.int64(3)) as monitor:
+        put = Outcome(np.float32(0.25), np.float32(0.5), np.float64(2), np.int64(8))
+        monitor.finish(monitor.begin(np.int64(1)), [put])
+        monitor.finish(monitor.begin(1), [replace(put, loss=np.bool_(True))])
+        monitor.finish(monitor.begin(1), [replace(put, loss=None)])
+        monitor.label(2, True)
+    (tmp_path / "j.state").unlink()
+    assert alive(policy, tmp_path / "j", seed=3).state.loss_sum == 2.25
+
+
+def test_a_late_label_out_of_range_is_named_whatever_state_it_comes_in(
+    tmp_path: Path, policy: Policy
+) -> None:
+    monitor = alive(policy, tmp_path / "j")
+    feed(monitor, [None])  # type: ignore[list-item]
+    monitor.trip("by hand")  # the label is no evidence any more
+    for loss in (2.0, float("nan")):
+        with pytest.raises(InvalidArgumentError, match="`loss` must be"):
+            monitor.label(0, loss)
+    monitor.label(0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"detector": RiskMonitor(0.3)}, r"a bound of at most the 0.1 promised"),
+        ({"detector": RiskMonitor(0.05, upper=0.5)}, "for losses up to 1"),
+        ({"detector": "a good one"}, "`detector` must be a RiskMonitor"),
+        ({"audits": 0.1}, "`audits` must be UniformAudits"),
+        ({"curve_weight": "half"}, "`curve_weight` must be a real number"),
+        ({"seed": -1}, "`seed` must be at least 0"),
+        ({"probation": 1.5}, "`probation` must be an integer"),
+        ({"alpha": 0.0}, "`alpha` must be in"),
+        ({"beta": 1.0}, "`beta` must be in"),
+    ],
+)
+def test_settings_that_cannot_keep_the_promise_are_named(
+    policy: Policy, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=words):
+        Monitor.for_policy(policy, **settings)
+
+
+def test_losses_below_zero_where_the_detector_declares_them(policy: Policy) -> None:
+    monitor = Monitor.for_policy(policy, detector=RiskMonitor(0.1, lower=-0.5))
+    feed(monitor, [-0.5])
+    monitor.trip("by hand")
+    feed(monitor, [-0.5])
+    with pytest.raises(InvalidArgumentError, match=r"`loss` must be in \[-0.5, 1\]"):
+        feed(monitor, [-0.6])
+
+
 # Exactness.
 
 
@@ -265,7 +364,7 @@ def test_labels_that_come_late_or_never_survive_and_replay(tmp_path: Path, polic
         assert exact(again) == exact(monitor)
         with pytest.raises(InvalidArgumentError, match="without a label"):
             again.label(3, 1.0)
-        with pytest.raises(InvalidArgumentError, match="losses"):
+        with pytest.raises(InvalidArgumentError, match=r"`loss` must be in \[0, 1\], got 1.5"):
             again.label(2, 1.5)
         assert exact(again) == exact(monitor)
         again.close()

@@ -200,6 +200,20 @@ def report(folder: Path) -> None:
     save("live", {"promise": RISK, "quiet": QUIET, "longer": LONGER, "rows": rows})
 
 
+def picture(life: Path) -> None:
+    """Draw a life, with what its traffic was, which the monitor was not told."""
+    drawn = MonitorDisplay.from_journal(life / "journal.jsonl").plot()
+    lines = [json.loads(line) for line in (life / "given.jsonl").open(encoding="utf-8")]
+    prose = [line["number"] for line in lines if line["kind"] == "prose"]
+    ends = (0, prose[0], prose[-1] + 1, lines[-1]["number"] + 1)
+    words = ("Python", "English prose", "Python")
+    for left, right, word in zip(ends, ends[1:], words, strict=False):
+        for axes in drawn.ax_:
+            axes.axvline(right, color="black", linestyle=":", linewidth=1)
+        drawn.ax_[0].text((left + right) / 2, 0.003, f"traffic: {word}", ha="center", va="bottom")
+    drawn.figure_.savefig(PICTURE, dpi=100)
+
+
 def _short(labels: str) -> str:
     return labels.split(",")[0].replace(" ", "-")
 
@@ -215,8 +229,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.picture is not None:
-        display = MonitorDisplay.from_journal(options.picture / "journal.jsonl")
-        display.plot().figure_.savefig(PICTURE, dpi=100)
+        picture(options.picture)
+        return
     if options.report:
         report(options.out)
         return

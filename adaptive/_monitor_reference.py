@@ -131,9 +131,10 @@ def read_reference(certificate: Certificate) -> Reference:
 def unit_summary(run: Run, *, exits: tuple[int, ...], layers: int) -> tuple[float | None, float]:
     """Mean exit score of a run (``None`` if no exit was asked) and its mean depth.
 
-    The first token is read off the prompt at full depth and is not counted.
+    The first token is read off the prompt at full depth and is not counted. A token that goes on at
+    full depth after a withdrawal has a score that is not finite, or none.
     """
-    scores = run.scores[~np.isnan(run.scores)]
+    scores = run.scores[np.isfinite(run.scores)]
     depth = np.array([*exits, layers], dtype=np.float64)[run.stages[1:]]
     return (
         float(scores.mean()) if scores.size else None,

@@ -15,7 +15,8 @@ from adaptive._exits import Exits
 from adaptive._families import Readout
 from adaptive._full_depth import agreement_along
 from adaptive._losses import TOKEN_LOSSES, UnitLoss
-from adaptive._monitor import Monitor, Outcome, Ticket
+from adaptive._monitor import Monitor
+from adaptive._monitor_outcome import Outcome, Ticket
 from adaptive._monitor_records import Watched
 from adaptive._monitor_reference import unit_summary
 from adaptive._run import Run

@@ -8,7 +8,8 @@ and the planner are in `adaptive.calibration`; the picture of a run is
 
 from __future__ import annotations
 
-from adaptive._monitor import Monitor, Outcome, Ticket
+from adaptive._monitor import Monitor
+from adaptive._monitor_outcome import Outcome, Ticket
 from adaptive._monitor_records import Event, JournalError, Unit, Watched
 
 __all__ = [

@@ -361,9 +361,11 @@ class _Tripping(BaseStreamer):
 
 
 @modes
-def test_a_unit_in_which_the_policy_is_withdrawn_ends_at_full_depth(mode: Mode) -> None:
+def test_a_unit_in_which_the_policy_is_withdrawn_ends_at_full_depth(
+    mode: Mode, tmp_path: Path
+) -> None:
     policy = certified(mode, threshold=_ALWAYS)
-    monitor = Monitor.for_policy(policy, audits=UniformAudits(1.0))
+    monitor = Monitor.for_policy(policy, audits=UniformAudits(1.0), journal=tmp_path / "j")
     given = {key: value[:1] for key, value in inputs().items()}
     output = run(policy, monitor, **given, streamer=_Tripping(monitor))
     stages = output.exit_stages[0].tolist()
@@ -371,7 +373,11 @@ def test_a_unit_in_which_the_policy_is_withdrawn_ends_at_full_depth(mode: Mode) 
     assert output.inside.tolist() == [False]
     (found,) = output.monitored
     assert found.unit.withdrawn
+    assert found.unit.score is None or math.isfinite(found.unit.score)
     assert monitor.state.labelled == 0
+    monitor.close()
+    with Monitor.for_policy(policy, audits=UniformAudits(1.0), journal=tmp_path / "j") as again:
+        assert (again.status, again.state.finished) == ("fallback", 1)
     if mode == "exact":  # the rest is the full model's own continuation of the text so far
         begun = output.sequences[:, : -(NEW - 5)]
         rest = helpers.shared("llama").generate(begun, max_new_tokens=NEW - 5, do_sample=False)

@@ -18,8 +18,9 @@ import monitored_life
 import numpy as np
 import pytest
 
-from adaptive._monitor import Monitor, Outcome, policy_fingerprint
+from adaptive._monitor import Monitor, policy_fingerprint
 from adaptive._monitor_journal import Journal, Snapshot, read_journal
+from adaptive._monitor_outcome import Outcome
 from adaptive._monitor_records import JournalError
 from adaptive._monitor_reference import Reference
 from adaptive._run import Run

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import sys
 
-from adaptive._monitor import Monitor, Outcome
+from adaptive._monitor import Monitor
+from adaptive._monitor_outcome import Outcome
 from adaptive.policies import Policy
 
 

@@ -11,7 +11,7 @@ from transformers import StoppingCriteriaList
 
 from adaptive._choose import Chooser
 from adaptive._exits import Exits
-from adaptive._stack import AbstractStack, ExactStack
+from adaptive._stack import AbstractStack
 from adaptive.policies import Features, Policy, State, keyed_noise
 
 _LABEL_CHUNK = 32
@@ -99,6 +99,8 @@ class Record:
         #: Rows whose next token counts. Without an end token nothing replaces what a finished row
         #: goes on to say, here as in ``model.generate``.
         self.active = self.unfinished
+        #: The same rows, as the host knows them.
+        self.rows = list(range(batch))
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -123,9 +125,10 @@ class Record:
         job.emit(tokens)
         kept = tuple(self.scores) if job.keep_scores else None
         self.unfinished = self.unfinished & ~job.criteria(self.ids[:, : self.length], kept)
+        unfinished = [row for row, goes_on in enumerate(self.unfinished.tolist()) if goes_on]
         if job.has_eos:
-            self.active = self.unfinished
-        return self.length < job.max_length and bool(self.unfinished.any())
+            self.active, self.rows = self.unfinished, unfinished
+        return self.length < job.max_length and bool(unfinished)
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def decode(job: Job) -> Record:
         if other is not None:
             job = replace(job, policy=other)
             state = other.init(job.prompt.shape[0], device=job.prompt.device)
-        step, state = walk(job, record, state, record.active)
+        step, state = walk(job, record, state)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
         if not job.labels and job.seen is None and job.chooser.noise is not None:
@@ -162,34 +165,39 @@ def decode(job: Job) -> Record:
         if job.stack.pending >= job.max_pending:
             job.stack.settle()
     if job.labels:
+        job.stack.complete(record.ids[:, : record.length])
         job.stack.settle()
-        if isinstance(job.stack, ExactStack):
+        if job.stack.settles:
             _label(job, record)
     return record
 
 
 class _Way:
-    """Where the newest token of every row has stopped so far, and what it is read from there."""
+    """Where the newest token of every row has stopped so far, and what it is read from there.
 
-    def __init__(self, hidden: Tensor, active: Tensor, exits: Exits) -> None:
+    ``running`` marks the rows that are still on their way, ``rows`` lists them for the host.
+    """
+
+    def __init__(self, hidden: Tensor, record: Record, exits: Exits) -> None:
         batch, device = hidden.shape[0], hidden.device
         self.exits = exits
-        self.running = active
+        self.running, self.rows = record.active, record.rows
         self.stages = torch.full((batch,), len(exits.layers), device=device)
         self.scores = torch.full((batch,), float("nan"), device=device)
         self.states = hidden[:, 0]
         self.logits: Tensor | None = None
 
-    def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> bool:
-        """Take an exit's decision; return whether every row has stopped. Reads one flag."""
+    def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> list[int]:
+        """Take an exit's decision; return the rows that stop there. One read by the host."""
         exit = features.stage
         if here.shape[0] == 1:  # the one row is running, or nobody would have asked
             self.scores = score.float()
             if not bool(stop):
-                return False
+                return []
             self.stages = torch.full_like(self.stages, exit)
             self.states, self.logits = self.exits.translate(exit, here), features.logits
-            return True
+            stopped, self.rows = self.rows, []
+            return stopped
         stop = stop & self.running
         self.scores = torch.where(self.running, score.float(), self.scores)
         self.stages = torch.where(stop, exit, self.stages)
@@ -198,7 +206,11 @@ class _Way:
             known = features.logits if self.logits is None else self.logits
             self.logits = torch.where(stop[:, None], features.logits, known)
         self.running = self.running & ~stop
-        return not bool(self.running.any())
+        flags = stop.tolist()
+        stopped = [row for row in self.rows if flags[row]]
+        if stopped:
+            self.rows = [row for row in self.rows if not flags[row]]
+        return stopped
 
     def finish(self, hidden: Tensor) -> None:
         """Read the rows that never stopped off the last layer's output."""
@@ -206,16 +218,16 @@ class _Way:
         self.logits = None
 
 
-def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, State]:
+def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
     """Take the newest token of every row as deep as the policy wants.
 
-    ``active`` (bool ``[batch]``) marks rows whose decision counts; the others never hold the
-    batch up. One flag is read per segment boundary.
+    Rows whose token no longer counts never hold the batch up. One flag per row is read at each
+    segment boundary.
     """
     slot = record.length - 1
     stack, exits, policy = job.stack, job.exits, job.policy
     readout = stack.executor.readout
-    hidden = stack.first(record.ids[:, slot], slot)
+    hidden = stack.first(record.ids[:, slot], slot, record.rows)
     batch = hidden.shape[0]
     position = torch.full((batch,), record.generated, device=hidden.device)
     if job.resumed is not None:
@@ -223,7 +235,7 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
     noise = None
     if "noise" in policy.needs:
         noise = keyed_noise(job.keys, position, seed=job.seed)
-    way = _Way(hidden, active, exits)
+    way = _Way(hidden, record, exits)
     previous: Tensor | None = None
     for segment in range(1, stack.segments):
         exit = segment - 1
@@ -231,22 +243,29 @@ def walk(job: Job, record: Record, state: State, active: Tensor) -> tuple[Step, 
             job.seen[exit].append(hidden[:, 0])
         if exit in policy.stages:
             here = hidden[:, 0]
-            needs = policy.needs_at(exit)
             features = exits.features(
-                needs, exit, here, previous=previous, position=position, readout=readout
+                policy.needs_at(exit),
+                exit,
+                here,
+                previous=previous,
+                position=position,
+                readout=readout,
+                rows=way.rows,
             )
             if noise is not None or batch > 1:
                 running = way.running if batch > 1 else None
                 features = replace(features, noise=noise, running=running)
             stop, score, state = policy.update(features, state)
-            if way.decide(features, here, stop, score):
-                stack.stop(segment, hidden)
+            stopped = way.decide(features, here, stop, score)
+            if stopped:
+                stack.leave(segment, hidden, slot, stopped, way.rows)
+            if not way.rows:
                 break
             previous = here
-        hidden = stack.deepen(segment, hidden, slot, running=way.running)
+        hidden = stack.deepen(segment, hidden, slot, way.rows)
     else:
         way.finish(hidden)
-    logits = readout(way.states) if way.logits is None else way.logits
+    logits = readout.among(way.states, record.rows) if way.logits is None else way.logits
     return Step(way.stages, way.scores, logits), policy.advance(state)
 
 

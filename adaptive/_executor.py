@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from adaptive._families import Readout
+from adaptive._tokens import Tokens
 
 
 class AbstractExecutor(abc.ABC):
@@ -18,11 +20,13 @@ class AbstractExecutor(abc.ABC):
     layer's slots are written in order.
 
     ``layers`` is the number of decoder layers, ``readout`` the way from the last layer's output
-    ``[..., width]`` to logits ``[..., vocabulary]``.
+    ``[..., width]`` to logits ``[..., vocabulary]``. Only executors with ``by_token`` can
+    run single tokens of some rows (the methods ``*_tokens``).
     """
 
     layers: int
     readout: Readout
+    by_token: ClassVar[bool] = False
 
     @abc.abstractmethod
     def begin(
@@ -66,6 +70,31 @@ class AbstractExecutor(abc.ABC):
     @abc.abstractmethod
     def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
         """Write keys and values of layers ``low .. high - 1``, all projected from ``hidden``."""
+
+    def embed_tokens(self, ids: Tensor, tokens: Tokens) -> Tensor:
+        """Input of layer 0, ``[n, width]``, for single tokens with these ``ids``, int64 ``[n]``."""
+        raise NotImplementedError
+
+    def run_tokens(
+        self,
+        low: int,
+        high: int,
+        hidden: Tensor,
+        tokens: Tokens,
+        *,
+        waiting: tuple[Tensor, Tokens] | None = None,
+    ) -> Tensor:
+        """Like :meth:`run` for single tokens, ``hidden [n, width]``, of some rows.
+
+        All earlier slots of these rows must be there, or come before them in ``tokens``.
+        ``waiting`` are other tokens and the states that all layers project their keys and values
+        from, as after :meth:`fill_tokens`.
+        """
+        raise NotImplementedError
+
+    def fill_tokens(self, low: int, high: int, hidden: Tensor, tokens: Tokens) -> None:
+        """Like :meth:`fill` for single tokens, ``hidden [n, width]``, of some rows."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def truncate(self, length: int) -> None:

@@ -117,11 +117,16 @@ class Exits(nn.Module):
         previous: Tensor | None,
         position: Tensor,
         readout: Readout,
+        rows: list[int] | None = None,
     ) -> Features:
-        """Compute what a policy asked for, for ``hidden [batch, width]``, and nothing else."""
+        """Compute what a policy asked for, for ``hidden [batch, width]``, and nothing else.
+
+        Logits are formed for ``rows`` only, if given; for the others they are void.
+        """
         logits = answer = pruned = head = None
         if "logits" in needs or "answer" in needs:
-            logits = readout(self.translate(exit, hidden))
+            states = self.translate(exit, hidden)
+            logits = readout(states) if rows is None else readout.among(states, rows)
             answer = logits.argmax(dim=-1)
         elif "head" in needs:
             head = partial(readout.at, self.translate(exit, hidden))

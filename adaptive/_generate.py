@@ -33,6 +33,7 @@ from adaptive._monitor import Monitor
 from adaptive._monitor_records import Watched
 from adaptive._monitor_units import Watch, begin_watch, finish_watch
 from adaptive._output import AdaptiveOutput
+from adaptive._row_stack import ExactRowStack, PropagateRowStack
 from adaptive._settings import (
     certificate_mismatches,
     check_processors,
@@ -404,7 +405,7 @@ def _job(
     executor: AbstractExecutor,
 ) -> Job:
     policy: Policy = own["policy"]
-    kinds: dict[str, type[AbstractStack]] = {"propagate": PropagateStack}
+    most = own["max_pending"] or _MAX_PENDING[policy.mode]
     pad = config._pad_token_tensor
     eos = config._eos_token_tensor
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -416,7 +417,7 @@ def _job(
     return Job(
         policy=policy,
         exits=exits,
-        stack=kinds.get(policy.mode, ExactStack)(executor, exits.layers),
+        stack=_stack(policy, executor, exits, rows=input_ids.shape[0], most=most),
         chooser=Chooser(processors, _noise(config, own, input_ids)),
         criteria=criteria,
         prompt=input_ids,
@@ -427,7 +428,7 @@ def _job(
         else eos.flatten().to(input_ids.device),
         has_eos=has_eos,
         emit=put,
-        max_pending=own["max_pending"] or _MAX_PENDING[policy.mode],
+        max_pending=most,
         labels=details,
         keep_scores=details and bool(config.output_scores),
         keep_logits=details and bool(config.output_logits),
@@ -435,6 +436,21 @@ def _job(
         seed=own["seed"],
         resumed=_resumed(own, config, processors, input_ids),
     )
+
+
+def _stack(
+    policy: Policy, executor: AbstractExecutor, exits: Exits, *, rows: int, most: int
+) -> AbstractStack:
+    """Rows of a batch go their own ways where the executor can run single tokens.
+
+    Not in ``verify`` mode, where all rows are cut back together.
+    """
+    if rows == 1 or policy.mode == "verify" or not executor.by_token:
+        shared = PropagateStack if policy.mode == "propagate" else ExactStack
+        return shared(executor, exits.layers)
+    if policy.mode == "propagate":
+        return PropagateRowStack(executor, exits.layers, batch=rows, most=most)
+    return ExactRowStack(executor, exits.layers, batch=rows, most=most, efficient=most)
 
 
 def _watched(job: Job, watch: Watch) -> Job:

@@ -22,6 +22,7 @@ from adaptive._families._layer import (
     matrix,
 )
 from adaptive._families._rope import check_length, longest_text, rotary_of, unknown_scheme
+from adaptive._tokens import Layout, Tokens, visible
 
 #: Above this many queries the group of a key head is not folded into the query rows.
 _FOLD_LIMIT = 64
@@ -46,13 +47,22 @@ class _Reach(NamedTuple):
     causal: bool
 
 
+class _Apart(NamedTuple):
+    """Single tokens of a run: all that are written, and how those with queries are laid out."""
+
+    written: Tokens
+    layout: Layout
+    stop: int
+
+
 @dataclass(frozen=True)
 class _Span:
     """Slots that one run covers, and what its layers share.
 
     Keys and values are written for ``first .. stop - 1``, queries asked for ``start .. stop - 1``;
     ``waiting``, normalised without gain, are the tokens in between that have stopped. Tables and
-    reach are found under a layer's ``rope`` and ``window``.
+    reach are found under a layer's ``rope`` and ``window``. Single tokens of some rows run as one
+    row; ``apart`` then says where each of them belongs, and the three numbers count tokens.
     """
 
     first: int
@@ -61,6 +71,7 @@ class _Span:
     tables: dict[str | None, tuple[Tensor, Tensor]]
     reach: dict[int | None, _Reach]
     waiting: Tensor | None
+    apart: _Apart | None = None
 
 
 class NativeExecutor(AbstractExecutor):
@@ -68,11 +79,16 @@ class NativeExecutor(AbstractExecutor):
 
     What the layers compute is written down by the family (:class:`adaptive._families.Native`).
 
+    Attention of single tokens of some rows (:meth:`run_tokens`) reads the keys of all rows if these
+    are a third of the batch or more, and copies those of the rows it needs if they are fewer.
+
     The query, key and value matrices of all layers live in one tensor, and so do the norms'
     parameters; the model's own parameters become views of them, same values, no second copy. So
     training or loading in place is seen here, and memory stays the model's own. (Gate and up
     projection stay apart: on a CPU one product of twice the width takes longer for several rows.)
     """
+
+    by_token = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         reason = why_not_native(model)
@@ -184,14 +200,81 @@ class NativeExecutor(AbstractExecutor):
             self._length[index] = stop
         return hidden
 
+    def embed_tokens(self, ids: Tensor, tokens: Tokens) -> Tensor:
+        """See :class:`AbstractExecutor`."""
+        positions = self._positions[tokens.rows, tokens.slots]
+        return self._embed(ids[:, None], positions[:, None])[:, 0]
+
+    def run_tokens(
+        self,
+        low: int,
+        high: int,
+        hidden: Tensor,
+        tokens: Tokens,
+        *,
+        waiting: tuple[Tensor, Tokens] | None = None,
+    ) -> Tensor:
+        """See :class:`AbstractExecutor`."""
+        written, bare, late = tokens, None, 0
+        if waiting is not None:
+            states, before = waiting
+            if self._together:
+                bare = self._layers[low].norm.bare(states[None])
+                written, late = before + tokens, before.count
+            else:
+                self.fill_tokens(low, high, states, before)
+        tables = {
+            rope: (self._at(cos, written), self._at(sin, written))
+            for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
+        }
+        layout = tokens.layout(self._keys.shape[1])
+        slots = layout.lay(tokens.slots, empty=-1)
+        reach = {
+            window: self._look_apart(tokens, layout, slots, window) for window in self._windows
+        }
+        apart = _Apart(written, layout, tokens.reach[1] + 1)
+        span = _Span(0, late, written.count, tables, reach, bare, apart)
+        hidden = hidden[None]
+        for index in range(low, high):
+            hidden = self._run_layer(index, hidden, span)
+        self._reached(low, high, apart.stop)
+        return hidden[0]
+
     def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
         """See :class:`AbstractExecutor`: all skipped layers in one product over stacked weights.
 
         Every skipped layer sees the same hidden state, so its norm differs by its own parameters
         alone and all projections are one batched product.
         """
+        stop = start + hidden.shape[1]
+        ropes = self._ropes_of(low, high)
+        cos, sin = self._cos[ropes, ..., start:stop, :], self._sin[ropes, ..., start:stop, :]
+        keys, values = self._filled(low, high, hidden, cos, sin)
+        self._keys[low:high, :, :, start:stop] = keys
+        self._values[low:high, :, :, start:stop] = values
+        self._reached(low, high, stop)
+
+    def fill_tokens(self, low: int, high: int, hidden: Tensor, tokens: Tokens) -> None:
+        """See :class:`AbstractExecutor`."""
+        ropes = self._ropes_of(low, high)
+        cos, sin = (
+            torch.stack([self._at(table[rope], tokens) for rope in ropes])
+            for table in (self._cos, self._sin)
+        )
+        for kept, states in zip(
+            (self._keys, self._values),
+            self._filled(low, high, hidden[None], cos, sin),
+            strict=True,
+        ):
+            kept[low:high, tokens.rows, :, tokens.slots] = states[:, 0].permute(2, 0, 1, 3)
+        self._reached(low, high, tokens.reach[1] + 1)
+
+    def _filled(
+        self, low: int, high: int, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[layers, batch, heads, n, head width]`` of states."""
         batch, count, width = hidden.shape
-        stop, span = start + count, high - low
+        span = high - low
         assert self._norms is not None
         bare = self._norms.bare(hidden).reshape(1, batch * count, width)
         normed = _part(self._norms, low, high, axes=1).finish(bare)[:, None]
@@ -207,12 +290,21 @@ class NativeExecutor(AbstractExecutor):
         if self._key_norms is not None:
             norm = _part(self._key_norms, low, high, axes=4)
             keys = norm.finish(norm.bare(keys))
-        ropes = self._rope_of[low:high] if len(self._ropes) > 1 else [0]
-        cos, sin = self._cos[ropes, ..., start:stop, :], self._sin[ropes, ..., start:stop, :]
         shape = (span, batch, self.kv_heads, count, self.head_width)
-        self._keys[low:high, :, :, start:stop] = _rotate(keys, cos, sin).reshape(shape)
-        self._values[low:high, :, :, start:stop] = values.reshape(shape)
-        self._length[low:high] = [stop] * span
+        return _rotate(keys, cos, sin).reshape(shape), values.reshape(shape)
+
+    def _ropes_of(self, low: int, high: int) -> list[int]:
+        """Which table each layer's keys are rotated by; one if all share it."""
+        return self._rope_of[low:high] if len(self._ropes) > 1 else [0]
+
+    def _at(self, table: Tensor, tokens: Tokens) -> Tensor:
+        """Entries ``[1, 1, 1, n, rotated]`` of a table ``[rows, 1, 1, slots, rotated]``."""
+        rows = tokens.rows if table.shape[0] > 1 else torch.zeros_like(tokens.rows)
+        return table[rows, 0, 0, tokens.slots][None, None, None]
+
+    def _reached(self, low: int, high: int, stop: int) -> None:
+        """Say that some row of these layers has keys and values below ``stop``."""
+        self._length[low:high] = [max(stop, own) for own in self._length[low:high]]
 
     def truncate(self, length: int) -> None:
         """See :class:`AbstractExecutor`: later slots are overwritten before they are read."""
@@ -248,6 +340,18 @@ class NativeExecutor(AbstractExecutor):
             self._padding, start=start, count=count, window=window, device=self._keys.device
         )
         return _Reach(low, None if mask is None else mask[..., low:], False)
+
+    def _look_apart(
+        self, tokens: Tokens, layout: Layout, slots: Tensor, window: int | None
+    ) -> _Reach:
+        """Say what single tokens may see; nothing is hidden from tokens at one slot."""
+        lowest, highest = tokens.reach
+        low = 0 if window is None else max(0, lowest + 1 - window)
+        if self._padding is None and lowest == highest:
+            return _Reach(low, None, False)
+        padding = None if self._padding is None else layout.of(self._padding)
+        mask = visible(slots, padding, low=low, stop=highest + 1, window=window)
+        return _Reach(low, mask, False)
 
     def _run_layer(self, index: int, hidden: Tensor, span: _Span) -> Tensor:
         """One decoder layer over ``hidden [batch, n, width]``."""
@@ -325,8 +429,14 @@ class NativeExecutor(AbstractExecutor):
 
     def _write(self, index: int, keys: Tensor, values: Tensor, span: _Span) -> None:
         """Keep keys as rotated, ``[batch, groups, heads, n, width]``, and values as projected."""
-        self._keys[index, :, :, span.first : span.stop] = self._merged(keys)
-        self._values[index, :, :, span.first : span.stop] = values.flatten(2, 3).transpose(1, 2)
+        keys, values = self._merged(keys), values.flatten(2, 3)
+        if span.apart is None:
+            self._keys[index, :, :, span.first : span.stop] = keys
+            self._values[index, :, :, span.first : span.stop] = values.transpose(1, 2)
+        else:
+            rows, slots = span.apart.written.rows, span.apart.written.slots
+            self._keys[index, rows, :, slots] = keys[0].transpose(0, 1)
+            self._values[index, rows, :, slots] = values[0]
 
     def _product(self, states: Tensor, by: Matrix) -> Tensor:
         """``F.linear``, in the form that reads the weights once for a few rows on a CPU."""
@@ -342,19 +452,33 @@ class NativeExecutor(AbstractExecutor):
 
     def _attend(self, index: int, query: Tensor, span: _Span) -> Tensor:
         """Attention of ``query [batch, heads, n, head width]`` over the slots in reach."""
-        batch, heads, count, width = query.shape
         attention = self._layers[index].attention
-        low, mask, causal = span.reach[attention.window]
-        keys = self._keys[index, :, :, low : span.stop]
-        values = self._values[index, :, :, low : span.stop]
+        reach = span.reach[attention.window]
+        if span.apart is None:
+            keys = self._keys[index, :, :, reach.low : span.stop]
+            values = self._values[index, :, :, reach.low : span.stop]
+            return self._attended(query, keys, values, reach, attention).flatten(2)
+        layout, stop = span.apart.layout, span.apart.stop
+        keys = layout.of(self._keys[index, :, :, reach.low : stop])
+        values = layout.of(self._values[index, :, :, reach.low : stop])
+        laid = layout.lay(query[0].transpose(0, 1)).transpose(1, 2)
+        attended = self._attended(laid, keys, values, reach, attention)
+        return layout.pick(attended).flatten(1)[None]
+
+    def _attended(
+        self, query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, attention: Attention
+    ) -> Tensor:
+        """From ``query [batch, heads, n, head width]`` to ``[batch, n, heads, head width]``."""
+        batch, heads, count, width = query.shape
         groups = heads // self.kv_heads
-        if attention.softcap is None and (causal or count > _FOLD_LIMIT):
+        mask = reach.mask
+        if attention.softcap is None and (reach.causal or count > _FOLD_LIMIT):
             attended = F.scaled_dot_product_attention(
                 query,
                 keys,
                 values,
                 mask,
-                is_causal=causal,
+                is_causal=reach.causal,
                 scale=attention.scale,
                 enable_gqa=groups > 1,
             )
@@ -370,7 +494,7 @@ class NativeExecutor(AbstractExecutor):
             else:
                 attended = _capped_attention(folded, keys, values, mask, attention)
             attended = attended.view(batch, heads, count, width)
-        return attended.transpose(1, 2).reshape(batch, count, heads * width)
+        return attended.transpose(1, 2)
 
 
 def why_not_native(model: PreTrainedModel) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,11 +12,7 @@ from adaptive._executor import AbstractExecutor
 
 
 class AbstractStack(abc.ABC):
-    """Layers cut into segments by the exits, with one filled length and one inbox per segment.
-
-    ``filled[s]`` counts the slots whose keys and values segment ``s`` has; it never increases
-    with ``s``. All rows share the lengths: a row that stopped early is carried along when another
-    row goes deeper, which in ``exact`` mode changes when it is settled and nothing else.
+    """Layers cut into segments by the exits, and the tokens that wait in front of each.
 
     Parameters
     ----------
@@ -25,15 +22,14 @@ class AbstractStack(abc.ABC):
         Number of layers below each exit, ascending.
     """
 
+    #: Whether a settled token passes all layers, so that the full model's choice is known.
+    settles: ClassVar[bool]
+
     def __init__(self, executor: AbstractExecutor, exits: tuple[int, ...]) -> None:
         self.executor = executor
         self.bounds = (0, *exits, executor.layers)
         self.segments = len(exits) + 1
-        self.filled = [0] * self.segments
-        self.inbox: list[list[Tensor]] = [[] for _ in range(self.segments)]
-        #: Final hidden states, ``(first slot, [batch, n, width])``, of tokens that got there; kept
-        #: only where somebody reads them.
-        self.finals: list[tuple[int, Tensor]] = []
+        #: Whether final hidden states are kept for :meth:`take_finals`.
         self.keep_finals = False
 
     def prefill(self, ids: Tensor, *, chunk: int = 1024) -> Tensor:
@@ -42,11 +38,70 @@ class AbstractStack(abc.ABC):
             tokens = ids[:, start : start + chunk]
             hidden = self.executor.embed(tokens, start)
             hidden = self.executor.run(0, self.executor.layers, hidden, start)
-        self.filled = [ids.shape[1]] * self.segments
+        self._begun(ids.shape[1])
         return hidden[:, -1]
 
-    def first(self, tokens: Tensor, slot: int) -> Tensor:
-        """Embed one token per row and run segment 0; ``[batch, 1, width]``."""
+    @property
+    @abc.abstractmethod
+    def pending(self) -> int:
+        """Most slots of a row that the last segment has not seen."""
+
+    @abc.abstractmethod
+    def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """Embed the ``rows``' newest tokens, run segment 0; ``[batch, 1, width]``."""
+
+    @abc.abstractmethod
+    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """Run ``segment`` for the newest token of ``rows``, which have not stopped.
+
+        What the segment must know before it is settled. The rest of ``hidden [batch, 1, width]``
+        is handed back as it is.
+        """
+
+    @abc.abstractmethod
+    def leave(
+        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+    ) -> None:
+        """Leave the newest token of rows that stopped in front of ``segment``; ``rows`` go on."""
+
+    def complete(self, ids: Tensor) -> None:
+        """Take in the last token of rows of ``ids [batch, length]`` that ended before the others.
+
+        Their part of the cache then holds their whole text.
+        """
+        return
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """Pay everything that is owed: afterwards every segment has every slot."""
+
+    @abc.abstractmethod
+    def take_finals(self) -> Tensor:
+        """Hand over the kept final states in slot order, ``[batch, n, width]``, and forget them."""
+
+    @abc.abstractmethod
+    def _begun(self, length: int) -> None:
+        """Note that every segment has the first ``length`` slots of every row."""
+
+
+class SharedStack(AbstractStack):
+    """All rows share one filled length and one inbox per segment.
+
+    ``filled[s]`` counts the slots whose keys and values segment ``s`` has; it never increases
+    with ``s``. A row that stopped early is carried along when another row goes deeper, which in
+    ``exact`` mode changes when it is settled and nothing else. For one row this is all there is
+    to know; for several, :mod:`adaptive._row_stack` saves what is carried along for nothing.
+    """
+
+    def __init__(self, executor: AbstractExecutor, exits: tuple[int, ...]) -> None:
+        super().__init__(executor, exits)
+        self.filled = [0] * self.segments
+        self.inbox: list[list[Tensor]] = [[] for _ in range(self.segments)]
+        #: ``(first slot, [batch, n, width])`` of tokens that got to the end.
+        self.finals: list[tuple[int, Tensor]] = []
+
+    def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """See :class:`AbstractStack`: all rows."""
         hidden = self.executor.embed(tokens[:, None], slot)
         hidden = self.executor.run(0, self.bounds[1], hidden, slot)
         self.filled[0] = slot + 1
@@ -54,23 +109,8 @@ class AbstractStack(abc.ABC):
 
     @property
     def pending(self) -> int:
-        """Number of slots that the last segment has not seen."""
+        """See :class:`AbstractStack`."""
         return self.filled[0] - self.filled[-1]
-
-    @abc.abstractmethod
-    def deepen(self, segment: int, hidden: Tensor, slot: int, *, running: Tensor) -> Tensor:
-        """Run ``segment`` for the newest token, settling what the segment must know before it.
-
-        ``running`` (bool ``[batch]``) marks rows that have not stopped.
-        """
-
-    @abc.abstractmethod
-    def stop(self, segment: int, hidden: Tensor) -> None:
-        """Leave the newest token, ``[batch, 1, width]``, in front of ``segment``."""
-
-    @abc.abstractmethod
-    def settle(self) -> None:
-        """Pay everything that is owed: afterwards every segment has every slot."""
 
     def truncate(self, length: int) -> None:
         """Forget the slots from ``length`` on (nothing may be pending)."""
@@ -79,10 +119,13 @@ class AbstractStack(abc.ABC):
         self.finals = []
 
     def take_finals(self) -> Tensor:
-        """Hand over the kept final states in slot order, ``[batch, n, width]``, and forget them."""
+        """See :class:`AbstractStack`."""
         kept = sorted(self.finals, key=lambda item: item[0])
         self.finals = []
         return torch.cat([hidden for _, hidden in kept], dim=1)
+
+    def _begun(self, length: int) -> None:
+        self.filled = [length] * self.segments
 
     def _take(self, segment: int) -> Tensor | None:
         waiting, self.inbox[segment] = self.inbox[segment], []
@@ -91,13 +134,15 @@ class AbstractStack(abc.ABC):
         return torch.cat(waiting, dim=1)
 
 
-class ExactStack(AbstractStack):
+class ExactStack(SharedStack):
     """Pending tokens go through a deeper segment together with the token that needs it.
 
     Every key and value is what the full model computes for the same tokens.
     """
 
-    def deepen(self, segment: int, hidden: Tensor, slot: int, *, running: Tensor) -> Tensor:
+    settles = True
+
+    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
         """See :class:`AbstractStack`: one causal pass over the inbox and the newest token."""
         self.inbox[segment].append(hidden)
         done = self._pass(segment)
@@ -108,9 +153,12 @@ class ExactStack(AbstractStack):
             self.finals.append((slot, newest))
         return newest
 
-    def stop(self, segment: int, hidden: Tensor) -> None:
-        """See :class:`AbstractStack`."""
-        self.inbox[segment].append(hidden)
+    def leave(
+        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+    ) -> None:
+        """See :class:`AbstractStack`: once nobody goes on."""
+        if not rows:
+            self.inbox[segment].append(hidden)
 
     def settle(self) -> None:
         """See :class:`AbstractStack`."""
@@ -134,25 +182,34 @@ class ExactStack(AbstractStack):
             self.finals.append((start, hidden))
 
 
-class PropagateStack(AbstractStack):
+class PropagateStack(SharedStack):
     """Skipped layers get keys and values projected from the state the token stopped with.
 
     They are projected lazily, for all pending tokens at once, with the first token that needs
     the segment.
     """
 
-    def deepen(self, segment: int, hidden: Tensor, slot: int, *, running: Tensor) -> Tensor:
+    settles = False
+
+    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
         """See :class:`AbstractStack`: rows that stopped keep their state."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
-        frozen = None if hidden.shape[0] == 1 else ~running
+        frozen = None
+        if len(rows) < hidden.shape[0]:
+            frozen = torch.ones(hidden.shape[0], dtype=torch.bool)
+            frozen[rows] = False
+            frozen = frozen.to(hidden.device)
         waiting = self._take(segment)
         self.filled[segment] = slot + 1
         return self.executor.run(low, high, hidden, slot, frozen=frozen, waiting=waiting)
 
-    def stop(self, segment: int, hidden: Tensor) -> None:
-        """See :class:`AbstractStack`: every deeper segment will need the state."""
-        for deeper in range(segment, self.segments):
-            self.inbox[deeper].append(hidden)
+    def leave(
+        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+    ) -> None:
+        """See :class:`AbstractStack`: once nobody goes on, in front of every deeper segment."""
+        if not rows:
+            for deeper in range(segment, self.segments):
+                self.inbox[deeper].append(hidden)
 
     def settle(self) -> None:
         """See :class:`AbstractStack`."""

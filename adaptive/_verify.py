@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive._decode import Job, Record, Step, first_token, walk
+from adaptive._stack import SharedStack
 from adaptive.policies import State
 
 
@@ -36,7 +37,7 @@ def decode_verified(job: Job) -> Record:
     drafts = _Drafts()
     while going:
         before = state
-        step, state = walk(job, record, state, record.active)
+        step, state = walk(job, record, state)
         assert step.logits is not None
         tokens, _ = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
         drafts.add(step, before)
@@ -46,7 +47,7 @@ def decode_verified(job: Job) -> Record:
         if deep or _must_confirm(job, record, tokens, len(drafts.steps)):
             going, state = _confirm(job, record, drafts, state)
             drafts = _Drafts()
-    job.stack.truncate(record.length - 1)
+    _cut(job, record)
     if job.chooser.noise is not None:
         job.chooser.noise.rewind(record.generated)
     return record
@@ -88,7 +89,13 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
         if not going:
             return False, state
         if not bool((agree | ~record.active).all()):
-            job.stack.truncate(record.length - 1)
+            _cut(job, record)
             rest = drafts.states[offset + 1] if offset + 1 < count else state
             return True, rest
     return True, state
+
+
+def _cut(job: Job, record: Record) -> None:
+    """Forget keys and values of what is no longer in the text; the newest token has none yet."""
+    assert isinstance(job.stack, SharedStack)
+    job.stack.truncate(record.length - 1)

@@ -32,6 +32,14 @@ class Readout:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
         return self._capped(self._head(self._normed(hidden)))
 
+    def among(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """Logits ``[batch, vocabulary]`` of ``hidden [batch, width]``, zero outside ``rows``."""
+        if len(rows) == hidden.shape[0]:
+            return self(hidden)
+        chosen = torch.tensor(rows, device=hidden.device)
+        logits = self(hidden[chosen])
+        return logits.new_zeros(hidden.shape[0], logits.shape[-1]).index_copy_(0, chosen, logits)
+
     def over(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a readout over the ``kept`` rows of the head, gathered once."""
         weight = self._head.weight[kept]

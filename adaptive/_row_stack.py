@@ -1,0 +1,256 @@
+"""Segments of a layer stack where every row of a batch has filled lengths of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaptive._executor import AbstractExecutor
+from adaptive._stack import AbstractStack
+from adaptive._tokens import Tokens
+
+
+class RowStack(AbstractStack):
+    """Only rows that need a segment pass it; rows that are finished pass none.
+
+    Row ``r`` has the keys and values of ``filled[s, r]`` slots in segment ``s``, never more than
+    in the segment before. The state of every token that waits is kept in a ring, one place per
+    row and slot.
+
+    Parameters
+    ----------
+    executor : AbstractExecutor
+        Already begun; runs single tokens (``by_token``).
+    exits : tuple of int
+    batch : int
+        Rows.
+    most : int
+        Slots of a row that may be pending.
+    """
+
+    def __init__(
+        self, executor: AbstractExecutor, exits: tuple[int, ...], *, batch: int, most: int
+    ) -> None:
+        super().__init__(executor, exits)
+        self.batch, self.most = batch, most
+        self.filled: NDArray[np.int64] = np.zeros((self.segments, batch), dtype=np.int64)
+        self._ring: Tensor | None = None
+        self._last = ([-1], -1, self._tokens([0], 0))
+
+    @property
+    def pending(self) -> int:
+        """See :class:`AbstractStack`."""
+        return int((self.filled[0] - self.filled[-1]).max())
+
+    def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """See :class:`AbstractStack`."""
+        self.filled[0, rows] = slot + 1
+        if len(rows) == self.batch:
+            hidden = self.executor.embed(tokens[:, None], slot)
+            return self.executor.run(0, self.bounds[1], hidden, slot)
+        newest = self._newest(rows, slot)
+        hidden = self.executor.embed_tokens(tokens[newest.rows], newest)
+        done = self.executor.run_tokens(0, self.bounds[1], hidden, newest)
+        return done.new_zeros(self.batch, done.shape[-1]).index_copy_(0, newest.rows, done)[:, None]
+
+    def leave(
+        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+    ) -> None:
+        """See :class:`AbstractStack`."""
+        here = torch.tensor(stopped, device=hidden.device)
+        self._kept(hidden)[here, slot % self.most] = hidden[here, 0]
+
+    def complete(self, ids: Tensor) -> None:
+        """See :class:`AbstractStack`."""
+        ended = np.flatnonzero(self.filled[0] < ids.shape[1] - 1)
+        if not ended.size:
+            return
+        slots = self.filled[0, ended]
+        tokens = Tokens(ended, slots, slots + 1, device=ids.device)
+        hidden = self.executor.embed_tokens(ids[tokens.rows, tokens.slots], tokens)
+        done = self.executor.run_tokens(0, self.bounds[1], hidden, tokens)
+        self._kept(done)[tokens.rows, tokens.slots % self.most] = done
+        self.filled[0, ended] = slots + 1
+
+    def _begun(self, length: int) -> None:
+        self.filled[:] = length
+
+    def _newest(self, rows: list[int], slot: int) -> Tokens:
+        """Newest tokens of rows; the segments of one token mostly ask for the same."""
+        if self._last[:2] != (rows, slot):
+            self._last = (rows, slot, self._tokens(rows, slot))
+        return self._last[2]
+
+    def _tokens(self, rows: list[int], slot: int) -> Tokens:
+        of = np.asarray(rows)
+        at = np.full_like(of, slot)
+        return Tokens(of, at, at + 1, device=self.executor.readout.device)
+
+    def _waiting(self, segment: int, rows: NDArray[np.int64], stops: NDArray[np.int64]) -> Tokens:
+        """Tokens of ``rows`` from the segment's filled length up to ``stops``."""
+        device = self.executor.readout.device
+        return Tokens(rows, self.filled[segment, rows], stops, device=device)
+
+    def _states(self, tokens: Tokens) -> Tensor:
+        """States of waiting tokens, ``[n, width]``."""
+        assert self._ring is not None
+        return self._ring[tokens.rows, tokens.slots % self.most]
+
+    def _kept(self, like: Tensor) -> Tensor:
+        if self._ring is None:
+            self._ring = like.new_zeros(self.batch, self.most, like.shape[-1])
+        return self._ring
+
+
+class ExactRowStack(RowStack):
+    """``exact`` mode: the waiting tokens of the rows that need a segment pass it with the newest.
+
+    A pass with few tokens reads the weights for little: it takes waiting tokens of other rows
+    along, the longest inboxes first, until it has ``efficient`` tokens. They have to pass anyway,
+    and what they are computed from does not change.
+    """
+
+    settles = True
+
+    def __init__(
+        self,
+        executor: AbstractExecutor,
+        exits: tuple[int, ...],
+        *,
+        batch: int,
+        most: int,
+        efficient: int,
+    ) -> None:
+        super().__init__(executor, exits, batch=batch, most=most)
+        self.efficient = efficient
+        self._finals: list[tuple[Tokens, Tensor]] = []
+        self._start = 0
+
+    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """See :class:`AbstractStack`."""
+        low, high = self.bounds[segment], self.bounds[segment + 1]
+        newest = self._newest(rows, slot)
+        behind = self._along(segment, np.asarray(rows), slot)
+        if len(rows) == self.batch and behind is None:
+            done = self.executor.run(low, high, hidden, slot)
+            self._hand_on(segment, newest, done[:, 0], newest=True)
+            self.filled[segment] = slot + 1
+            return done
+        chosen = hidden[newest.rows, 0]
+        if behind is None:
+            done = self.executor.run_tokens(low, high, chosen, newest)
+        else:
+            states = torch.cat([self._states(behind), chosen])
+            done = self.executor.run_tokens(low, high, states, behind + newest)
+            self._hand_on(segment, behind, done[: behind.count])
+            done = done[behind.count :]
+        self._hand_on(segment, newest, done, newest=True)
+        self.filled[segment, rows] = slot + 1
+        return _with(hidden, newest, done)
+
+    def settle(self) -> None:
+        """See :class:`AbstractStack`."""
+        for segment in range(1, self.segments):
+            owing = np.flatnonzero(self.filled[segment] < self.filled[segment - 1])
+            if owing.size:
+                stops = self.filled[segment - 1, owing]
+                tokens = self._waiting(segment, owing, stops)
+                low, high = self.bounds[segment], self.bounds[segment + 1]
+                done = self.executor.run_tokens(low, high, self._states(tokens), tokens)
+                self._hand_on(segment, tokens, done)
+                self.filled[segment, owing] = stops
+
+    def take_finals(self) -> Tensor:
+        """See :class:`AbstractStack`; zero behind the end of a row that ended before the others."""
+        first = self._finals[0][1]
+        stop = int(self.filled[-1].max())
+        kept = first.new_zeros(self.batch, stop - self._start, first.shape[-1])
+        for tokens, states in self._finals:
+            kept[tokens.rows, tokens.slots - self._start] = states
+        self._finals = []
+        return kept
+
+    def _begun(self, length: int) -> None:
+        super()._begun(length)
+        self._start = length
+
+    def _along(self, segment: int, rows: NDArray[np.int64], slot: int) -> Tokens | None:
+        """Take the waiting tokens of ``rows``, and some of others, through with the newest."""
+        stops = self.filled[segment].copy()
+        stops[rows] = slot
+        room = self.efficient - rows.size - int((stops - self.filled[segment]).sum())
+        before = self.filled[segment - 1].copy()
+        before[rows] = slot
+        owed = before - stops
+        if not self.keep_finals:
+            owed[self.filled[0] <= slot] = 0  # the row is finished: nobody will ask for it
+        for row in np.argsort(-owed, kind="stable"):
+            if room <= 0 or owed[row] == 0:
+                break
+            taken = min(room, int(owed[row]))
+            stops[row] += taken
+            room -= taken
+        along = np.flatnonzero(stops > self.filled[segment])
+        if not along.size:
+            return None
+        tokens = self._waiting(segment, along, stops[along])
+        self.filled[segment, along] = stops[along]
+        return tokens
+
+    def _hand_on(
+        self, segment: int, tokens: Tokens, states: Tensor, *, newest: bool = False
+    ) -> None:
+        """Keep what came out of a segment: to wait for the next one, or as final."""
+        if segment == self.segments - 1:
+            if self.keep_finals:
+                self._finals.append((tokens, states))
+        elif not newest:  # the newest token is still on its way
+            self._kept(states)[tokens.rows, tokens.slots % self.most] = states
+
+
+class PropagateRowStack(RowStack):
+    """``propagate`` mode: keys and values of waiting tokens come from the state they stopped with.
+
+    They are projected when their own row needs the segment.
+    """
+
+    settles = False
+
+    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """See :class:`AbstractStack`."""
+        low, high = self.bounds[segment], self.bounds[segment + 1]
+        newest = self._newest(rows, slot)
+        of = np.asarray(rows)
+        waiting = None
+        if (self.filled[segment, of] < slot).any():
+            before = self._waiting(segment, of, np.full_like(of, slot))
+            waiting = (self._states(before), before)
+        self.filled[segment, of] = slot + 1
+        if len(rows) == self.batch and waiting is None:
+            return self.executor.run(low, high, hidden, slot)
+        chosen = hidden[newest.rows, 0]
+        done = self.executor.run_tokens(low, high, chosen, newest, waiting=waiting)
+        return _with(hidden, newest, done)
+
+    def settle(self) -> None:
+        """See :class:`AbstractStack`."""
+        for segment in range(1, self.segments):
+            owing = np.flatnonzero(self.filled[segment] < self.filled[0])
+            if owing.size:
+                tokens = self._waiting(segment, owing, self.filled[0, owing])
+                low, high = self.bounds[segment], self.bounds[segment + 1]
+                self.executor.fill_tokens(low, high, self._states(tokens), tokens)
+                self.filled[segment, owing] = self.filled[0, owing]
+
+    def take_finals(self) -> Tensor:
+        """See :class:`AbstractStack`: there are none, skipped layers were never computed."""
+        raise NotImplementedError
+
+
+def _with(hidden: Tensor, tokens: Tokens, states: Tensor) -> Tensor:
+    """``hidden [batch, 1, width]`` with the states of these tokens' rows replaced."""
+    if tokens.count == hidden.shape[0]:
+        return states[:, None]
+    return hidden[:, 0].index_copy(0, tokens.rows, states)[:, None]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from adaptive._choose import Chooser
+from adaptive._draft_length import DraftLength
 from adaptive._exits import Exits
 from adaptive._stack import AbstractStack
 from adaptive.policies import Features, Policy, State, keyed_noise
@@ -42,6 +43,8 @@ class Job:
         Receives each final token, int64 [batch].
     max_pending : int
         Most slots an inbox may hold.
+    draft_length : DraftLength, optional
+        In ``verify`` mode, says how many drafts are confirmed together; at most ``max_pending``.
     labels : bool
         Settle at the end and compare every token with the full model's choice.
     keep_scores, keep_logits : bool
@@ -76,6 +79,7 @@ class Job:
     keep_logits: bool
     keys: Tensor
     seed: int
+    draft_length: DraftLength | None = None
     resumed: Tensor | None = None
     interrupt: Callable[[], Policy | None] = lambda: None
     seen: list[list[Tensor]] | None = None

@@ -24,7 +24,9 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
+from adaptive._costs import Costs, costs_of
 from adaptive._decode import Job, Record, decode
+from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
 from adaptive._families import family_of
@@ -57,8 +59,10 @@ _NO_ASSISTANT = (
     "`assistant_model` is not supported under a policy "
     "(mode='verify' speculates with the model itself)"
 )
-#: Most slots an inbox holds by default: long enough to batch well, short enough to bound a settle.
-_MAX_PENDING = {"exact": 32, "propagate": 32, "verify": 8}
+#: Most slots an inbox holds by default where none is computed through the layers they wait for.
+_MAX_PENDING = 32
+#: Most drafts that are confirmed together.
+_MAX_DRAFTS = 32
 #: Keyword arguments that transformers passes to every decoding method and that change nothing here.
 _IGNORED = frozenset(
     {"logits_to_keep", "use_cache", "synced_gpus", "output_attentions", "output_hidden_states"}
@@ -124,7 +128,10 @@ def generate(
         policy then decides about every new token, at the position it has in the whole text. For
         greedy decoding without processors in ``exact`` mode, and rules without memory.
     max_pending : int, optional
-        Most tokens that may wait for deeper layers. Changes time, never tokens. At least 1.
+        Most tokens of a row that may wait for deeper layers. Changes time, never tokens. At
+        least 1. By default it comes from what layers take on this machine for several tokens at
+        once, which is measured once per model (about a second), and in ``verify`` mode also from
+        how many drafts are accepted.
     tier : {"native", "generic"}, optional
         Force how layers are run; ``None`` chooses.
     **model_kwargs
@@ -289,6 +296,9 @@ def _prepared(
     watch = None
     if monitor is not None:
         watch = begin_watch(monitor, policy, exits, rows=input_ids.shape[0])
+    costs = None
+    if policy.mode != "propagate" and own["max_pending"] is None:
+        costs = costs_of(model, tier=own["tier"])
     executor = executor_for(model, tier=own["tier"])
     executor.begin(
         batch_size=input_ids.shape[0],
@@ -307,6 +317,7 @@ def _prepared(
             streamer,
             exits,
             executor,
+            costs,
         )
         if watch is not None:
             job = _watched(job, watch)
@@ -403,9 +414,11 @@ def _job(
     streamer: BaseStreamer | None,
     exits: Exits,
     executor: AbstractExecutor,
+    costs: Costs | None,
 ) -> Job:
     policy: Policy = own["policy"]
-    most = own["max_pending"] or _MAX_PENDING[policy.mode]
+    rows = input_ids.shape[0]
+    most = own["max_pending"] or _inbox(policy, costs)
     pad = config._pad_token_tensor
     eos = config._eos_token_tensor
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -417,7 +430,7 @@ def _job(
     return Job(
         policy=policy,
         exits=exits,
-        stack=_stack(policy, executor, exits, rows=input_ids.shape[0], most=most),
+        stack=_stack(policy, executor, exits, rows=rows, most=most),
         chooser=Chooser(processors, _noise(config, own, input_ids)),
         criteria=criteria,
         prompt=input_ids,
@@ -429,6 +442,9 @@ def _job(
         has_eos=has_eos,
         emit=put,
         max_pending=most,
+        draft_length=None
+        if costs is None or policy.mode != "verify"
+        else DraftLength(costs, layers=executor.layers, rows=rows, most=most),
         labels=details,
         keep_scores=details and bool(config.output_scores),
         keep_logits=details and bool(config.output_logits),
@@ -436,6 +452,13 @@ def _job(
         seed=own["seed"],
         resumed=_resumed(own, config, processors, input_ids),
     )
+
+
+def _inbox(policy: Policy, costs: Costs | None) -> int:
+    """Slots that wait at most: enough for a pass in which a token takes as little as it can."""
+    if costs is None:
+        return _MAX_PENDING
+    return _MAX_DRAFTS if policy.mode == "verify" else costs.efficient
 
 
 def _stack(

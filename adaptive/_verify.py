@@ -16,6 +16,9 @@ class _Drafts:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.states: list[State] = []
+        #: After confirmation: steps that gave a token, and whether the last of them was replaced.
+        self.kept = 0
+        self.wrong = False
 
     def add(self, step: Step, before: State) -> None:
         self.steps.append(step)
@@ -26,15 +29,16 @@ def decode_verified(job: Job) -> Record:
     """Generate in ``verify`` mode: the tokens are the full model's.
 
     Drafts are written behind the confirmed text and read by nobody but the layers. They are
-    confirmed when a token needs the full depth anyway, when ``max_pending`` is reached, when a
-    draft would end a row, or when the text has its full length. Rows accept together: the first
+    confirmed when a token needs the full depth anyway, when there are as many as ``max_pending``
+    or measured costs and acceptance make worth while, when a draft would end a row, or when the
+    text has its full length. Rows accept together: the first
     disagreement of any row cuts all rows back to it, which costs work and never changes tokens.
     """
     record = Record(job)
     job.stack.keep_finals = True
     going = first_token(job, record)
     state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
-    drafts = _Drafts()
+    drafts, most = _Drafts(), _most(job)
     while going:
         before = state
         step, state = walk(job, record, state)
@@ -44,17 +48,39 @@ def decode_verified(job: Job) -> Record:
         record.ids[:, record.length] = tokens
         record.length += 1
         deep = job.stack.pending == 0
-        if deep or _must_confirm(job, record, tokens, len(drafts.steps)):
+        if deep or len(drafts.steps) >= most or _must_confirm(job, record, tokens):
             going, state = _confirm(job, record, drafts, state)
-            drafts = _Drafts()
+            if job.draft_length is not None:
+                _learn(job, record, drafts, deep=deep)
+            drafts, most = _Drafts(), _most(job)
     _cut(job, record)
     if job.chooser.noise is not None:
         job.chooser.noise.rewind(record.generated)
     return record
 
 
-def _must_confirm(job: Job, record: Record, tokens: Tensor, drafted: int) -> bool:
-    if drafted >= job.max_pending or record.length >= job.max_length:
+def _most(job: Job) -> int:
+    """Drafts to make before the next confirmation."""
+    return job.max_pending if job.draft_length is None else job.draft_length.best()
+
+
+def _learn(job: Job, record: Record, drafts: _Drafts, *, deep: bool) -> None:
+    """Tell how many drafts were accepted; a newest token that went to full depth was none."""
+    assert job.draft_length is not None
+    made = drafts.steps[: len(drafts.steps) - deep]
+    if not made:
+        return
+    depths = [*job.exits.layers, job.stack.executor.layers]
+    stages = torch.stack([step.stages for step in made]).tolist()
+    layers = [sum(depths[stage] for stage in row) / len(row) for row in stages]
+    # a wrong draft ends what is kept, so only the last kept one can have been replaced
+    kept = min(drafts.kept, len(made))
+    wrong = drafts.wrong and drafts.kept <= len(made)
+    job.draft_length.observe(accepted=kept - wrong, rejected=wrong, depths=layers)
+
+
+def _must_confirm(job: Job, record: Record, tokens: Tensor) -> bool:
+    if record.length >= job.max_length:
         return True
     if not job.ends.numel():
         return False
@@ -86,9 +112,11 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
         record.agreement[:, at] = torch.where(record.stages[:, at] >= 0, 1, -1).to(torch.int8)
         if job.chooser.noise is not None:
             job.chooser.noise.release(record.generated)
+        drafts.kept = offset + 1
         if not going:
             return False, state
         if not bool((agree | ~record.active).all()):
+            drafts.wrong = True
             _cut(job, record)
             rest = drafts.states[offset + 1] if offset + 1 < count else state
             return True, rest

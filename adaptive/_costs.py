@@ -1,0 +1,149 @@
+"""What layers and head take for n tokens on this machine: measured once, in about a second."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from adaptive._executor import AbstractExecutor
+from adaptive._tier import Tier, executor_for
+
+#: Numbers of tokens that are timed.
+_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_SECONDS = 1.0
+_ROUNDS = 5
+#: A pass that takes at most this much more per token than the best one is as good.
+_SLACK = 1.05
+_BEFORE = 8
+_known: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], Costs]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that one layer and the head take for several tokens at once.
+
+    Parameters
+    ----------
+    tokens : tuple of int
+        Ascending from 1.
+    layer, head : tuple of float
+        For that many tokens; may be in any unit of time.
+    """
+
+    tokens: tuple[int, ...]
+    layer: tuple[float, ...]
+    head: tuple[float, ...]
+
+    def of_layer(self, tokens: float) -> float:
+        """Time of one layer, interpolated; beyond the table as the last piece goes on."""
+        return _at(self.tokens, self.layer, tokens)
+
+    def of_head(self, tokens: float) -> float:
+        """Time of the head, the same way."""
+        return _at(self.tokens, self.head, tokens)
+
+    @property
+    def efficient(self) -> int:
+        """Fewest tokens of a pass at which a token takes hardly less than in a larger one."""
+        each = np.divide(self.layer, self.tokens)
+        return self.tokens[int(np.argmax(each <= _SLACK * each.min()))]
+
+
+def _at(tokens: tuple[int, ...], seconds: tuple[float, ...], count: float) -> float:
+    if count <= tokens[-1]:
+        return float(np.interp(count, tokens, seconds))
+    slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
+    return seconds[-1] + max(slope, 0.0) * (count - tokens[-1])
+
+
+def costs_of(model: PreTrainedModel, *, tier: Tier | None = None) -> Costs:
+    """Measure a model on this machine, or say what was measured before in this process.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tier : {"native", "generic"}, optional
+
+    Returns
+    -------
+    Costs
+        Of one row at short context. They decide how many tokens wait for each other, so time
+        depends on them and tokens never do.
+    """
+    executor = executor_for(model, tier=tier)
+    key = (type(executor), model.device, model.dtype, torch.get_num_threads())
+    found = _known.setdefault(model, {})
+    if key not in found:
+        found[key] = measure(executor, model.device)
+    return found[key]
+
+
+@torch.no_grad()
+def measure(executor: AbstractExecutor, device: torch.device) -> Costs:
+    """Time an executor that has not begun a run; takes about a second, for large models a few."""
+    length = _BEFORE + _TOKENS[-1]
+    positions = torch.arange(length, device=device)[None]
+    executor.begin(batch_size=1, max_length=length, padding=None, positions=positions)
+    try:
+        hidden = executor.embed(torch.ones(1, length, dtype=torch.int64, device=device), 0)
+        executor.run(0, executor.layers, hidden[:, :_BEFORE], 0)
+        states = hidden[:, _BEFORE:]
+        span = _layers_for(executor, states[:, :1])
+        layer, head = [], []
+        for count in _TOKENS:
+            given = states[:, :count]
+            layer.append(_fastest(executor, partial(executor.run, 0, span, given, _BEFORE)) / span)
+            head.append(_fastest(executor, partial(executor.readout, given)))
+    finally:
+        executor.end()
+    return Costs(_TOKENS, _rising(layer), _rising(head))
+
+
+def _rising(seconds: list[float]) -> tuple[float, ...]:
+    """Take noise out: a smaller pass could be filled up to a larger one."""
+    return tuple(np.minimum.accumulate(seconds[::-1])[::-1].tolist())
+
+
+def _layers_for(executor: AbstractExecutor, state: torch.Tensor) -> int:
+    """Layers that are run per timing: all, so that weights come from where they lie, or fewer."""
+    one = _fastest(executor, partial(executor.run, 0, 1, state, _BEFORE))
+    affordable = _SECONDS / (one * sum(_TOKENS) / 2)
+    return max(1, min(executor.layers, int(affordable)))
+
+
+def _fastest(executor: AbstractExecutor, work: Callable[[], object]) -> float:
+    """Least seconds of a few calls, fewer if they are long; the first is not counted.
+
+    On a CPU the process's own time is taken, which other processes disturb less.
+    """
+    device = executor.readout.device
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    best, spent = math.inf, 0.0
+    for turn in range(_ROUNDS + 1):
+        executor.truncate(_BEFORE)
+        _wait(device)
+        start = clock()
+        work()
+        _wait(device)
+        seconds = clock() - start
+        spent += seconds
+        if turn > 0 or seconds > _SECONDS / len(_TOKENS):
+            best = min(best, seconds)
+        if spent > _SECONDS / len(_TOKENS) / 2 and best < math.inf:
+            break
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -104,6 +104,7 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
             record.ids[:, : record.length], logits[:, offset], record.generated
         )
         agree = chosen == drafted[:, offset]
+        drafts.wrong = not bool((agree | ~record.active).all())
         step = drafts.steps[offset]
         stages = torch.where(agree, step.stages, len(job.exits.layers))
         kept = Step(stages, step.exit_scores, logits[:, offset], scores)
@@ -115,8 +116,7 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
         drafts.kept = offset + 1
         if not going:
             return False, state
-        if not bool((agree | ~record.active).all()):
-            drafts.wrong = True
+        if drafts.wrong:
             _cut(job, record)
             rest = drafts.states[offset + 1] if offset + 1 < count else state
             return True, rest

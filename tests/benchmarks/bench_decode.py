@@ -369,6 +369,19 @@ def prescribed(
     return report
 
 
+class Silent:
+    """A readout that reads nothing."""
+
+    def __init__(self, answer: Tensor) -> None:
+        self.answer, self.device = answer, answer.device
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.answer
+
+    def among(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        return self.answer
+
+
 def part_c(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Whole runs on an executor whose layers do nothing: what is left is the loop."""
     from adaptive import _generate
@@ -376,8 +389,7 @@ def part_c(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     step = components(model, options.prompt + options.tokens // 2)
     idle = executor_for(model, tier="native")
     idle.run = lambda low, high, hidden, start, **_: hidden  # type: ignore[method-assign]
-    answer = torch.zeros(1, 8, device=options.device)
-    idle.readout = lambda hidden: answer  # type: ignore[assignment]
+    idle.readout = Silent(torch.zeros(1, 8, device=options.device))  # type: ignore[assignment]
     ids = torch.ones(1, 1, dtype=torch.int64, device=options.device)
     checked = Policy(ProbeScore(), Threshold(), stages=(0, 1, 2))
     new = 257

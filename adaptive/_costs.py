@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor
+from adaptive._families._rope import longest_text
 from adaptive._tier import Tier, executor_for
 
 #: Numbers of tokens that are timed.
@@ -84,14 +85,26 @@ def costs_of(model: PreTrainedModel, *, tier: Tier | None = None) -> Costs:
     key = (type(executor), model.device, model.dtype, torch.get_num_threads())
     found = _known.setdefault(model, {})
     if key not in found:
-        found[key] = measure(executor, model.device)
+        found[key] = measure(executor, model.device, room=_room(model))
     return found[key]
 
 
+def _room(model: PreTrainedModel) -> int:
+    """Slots that the model surely has a position for, as many as are of use."""
+    limits = (longest_text(model), getattr(model.config, "max_position_embeddings", None))
+    return min(_BEFORE + _TOKENS[-1], *(limit for limit in limits if limit is not None), 2**31)
+
+
 @torch.no_grad()
-def measure(executor: AbstractExecutor, device: torch.device) -> Costs:
-    """Time an executor that has not begun a run; takes about a second, for large models a few."""
-    length = _BEFORE + _TOKENS[-1]
+def measure(
+    executor: AbstractExecutor, device: torch.device, *, room: int = _BEFORE + _TOKENS[-1]
+) -> Costs:
+    """Time an executor that has not begun a run; takes about a second, for large models a few.
+
+    ``room`` is the number of slots that may be used, at least 10 of them.
+    """
+    counts = tuple(count for count in _TOKENS if count <= room - _BEFORE)
+    length = _BEFORE + counts[-1]
     positions = torch.arange(length, device=device)[None]
     executor.begin(batch_size=1, max_length=length, padding=None, positions=positions)
     try:
@@ -100,13 +113,13 @@ def measure(executor: AbstractExecutor, device: torch.device) -> Costs:
         states = hidden[:, _BEFORE:]
         span = _layers_for(executor, states[:, :1])
         layer, head = [], []
-        for count in _TOKENS:
+        for count in counts:
             given = states[:, :count]
             layer.append(_fastest(executor, partial(executor.run, 0, span, given, _BEFORE)) / span)
             head.append(_fastest(executor, partial(executor.readout, given)))
     finally:
         executor.end()
-    return Costs(_TOKENS, _rising(layer), _rising(head))
+    return Costs(counts, _rising(layer), _rising(head))
 
 
 def _rising(seconds: list[float]) -> tuple[float, ...]:

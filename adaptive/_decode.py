@@ -47,6 +47,8 @@ class Job:
         In ``verify`` mode, says how many drafts are confirmed together; at most ``max_pending``.
     labels : bool
         Settle at the end and compare every token with the full model's choice.
+    label_later : bool
+        Keep what :func:`label` needs, in case somebody asks for it after the run.
     keep_scores, keep_logits : bool
         Keep processed scores and raw logits of every token.
     keys : Tensor, int64 [batch]
@@ -79,6 +81,7 @@ class Job:
     keep_logits: bool
     keys: Tensor
     seed: int
+    label_later: bool = False
     draft_length: DraftLength | None = None
     resumed: Tensor | None = None
     interrupt: Callable[[], Policy | None] = lambda: None
@@ -148,7 +151,8 @@ class Step:
 def decode(job: Job) -> Record:
     """Generate in ``exact`` or ``propagate`` mode: every token is final when it is chosen."""
     record = Record(job)
-    job.stack.keep_finals = job.labels
+    kept = job.labels or job.label_later
+    job.stack.keep_finals = kept
     if job.resumed is None:
         going = first_token(job, record)
     else:
@@ -163,16 +167,13 @@ def decode(job: Job) -> Record:
         step, state = walk(job, record, state)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
-        if not job.labels and job.seen is None and job.chooser.noise is not None:
+        if not kept and job.seen is None and job.chooser.noise is not None:
             job.chooser.noise.release(record.generated)
         going = record.add(job, tokens, Step(step.stages, step.exit_scores, step.logits, scores))
         if job.stack.pending >= job.max_pending:
             job.stack.settle()
     if job.labels:
-        job.stack.complete(record.ids[:, : record.length])
-        job.stack.settle()
-        if job.stack.settles:
-            _label(job, record)
+        label(job, record)
     return record
 
 
@@ -284,8 +285,15 @@ def first_token(job: Job, record: Record) -> bool:
     return going
 
 
-def _label(job: Job, record: Record) -> None:
-    """Compare every generated token with the full model's choice after the same prefix."""
+def label(job: Job, record: Record) -> None:
+    """Settle a run; in ``exact`` mode compare its tokens with the full model's choices.
+
+    Choices are those after the same prefix.
+    """
+    job.stack.complete(record.ids[:, : record.length])
+    job.stack.settle()
+    if not job.stack.settles:
+        return
     # the prompt's own pass decides the first token, unless the text had been begun before
     decided = 1 if job.resumed is None else 0
     if record.generated <= decided:

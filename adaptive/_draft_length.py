@@ -35,8 +35,8 @@ class DraftLength:
     def __init__(self, costs: Costs, *, layers: int, rows: int, most: int) -> None:
         self._costs, self._layers, self._rows = costs, layers, rows
         self._counts = np.arange(1, most + 1)
-        self._deep = np.array([costs.of_layer(rows * count) for count in self._counts])
-        self._head = np.array([costs.of_head(rows * count) for count in self._counts])
+        self._deep = np.array([costs.of_layer(rows * count) for count in range(1, most + 1)])
+        self._head = np.array([costs.of_head(rows * count) for count in range(1, most + 1)])
         self._accepted, self._seen = _PRIOR, 1.0
         self._depth, self._drafts = 0.0, 0
 

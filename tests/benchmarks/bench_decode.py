@@ -8,7 +8,8 @@ else the machine does falls on all alike. On a CPU the process's own CPU time is
 wall time. Reported are medians over rounds and, for ratios, the median of the paired ratios with
 a 95 percent bootstrap interval.
 
-a  Whole calls at full depth: ours on both tiers against `model.generate`, batch 1 and 8.
+a  Whole calls at full depth: ours on both tiers against `model.generate` with its dynamic cache and
+   with its static one (with `--compiled` also compiled, which takes minutes), batch 1, 8 and 32.
 b  Realised over ideal speed-up of exits prescribed by position, batch 1, `propagate`. With L
    layers, a head that costs as much as h layers and mean depth d, ideal is (L + h) / (d + h):
    checks, keys and values of skipped layers and the loop itself are counted as nothing. Realised
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from unittest import mock
 
 import numpy as np
 import torch
@@ -203,8 +205,29 @@ def _call(
     return lambda: generate(model, ids, policy=policy, **common, **settings)
 
 
+def _theirs(
+    model: PreTrainedModel, ids: Tensor, new: int, *, compiled: bool = False, **settings: Any
+) -> Callable[[], Any]:
+    """`model.generate` with a static cache; compiled, its forward is compiled as a whole."""
+    common = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    if not compiled:
+        return lambda: model.generate(ids, **common, **settings)
+    fast = torch.compile(model.forward, dynamic=False)
+
+    def run() -> Any:
+        with mock.patch.object(model, "forward", fast):
+            return model.generate(ids, **common, cache_implementation="static")
+
+    return run
+
+
 def part_a(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    return full_depth(model, options, clock, tiers=("native", "generic"))
+    others = {"static cache": {"cache_implementation": "static", "disable_compile": True}}
+    if options.compiled:
+        others["static cache, compiled"] = {"compiled": True}
+    return full_depth(
+        model, options, clock, tiers=("native", "generic"), batches=(1, 8, 32), others=others
+    )
 
 
 def part_e(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
@@ -219,18 +242,25 @@ def part_e(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
 
 
 def full_depth(
-    model: PreTrainedModel, options: argparse.Namespace, clock: Clock, *, tiers: tuple[str, ...]
+    model: PreTrainedModel,
+    options: argparse.Namespace,
+    clock: Clock,
+    *,
+    tiers: tuple[str, ...],
+    batches: tuple[int, ...] = (1, 8),
+    others: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Whole calls at full depth on each tier against `model.generate`, batch 1 and 8."""
+    """Whole calls at full depth on each tier against `model.generate`."""
     report: dict[str, Any] = {}
     full = Policy(NoScore(), Threshold(), stages=(2,))
-    for batch in (1, 8):
+    for batch in batches:
         ids = torch.randint(2, options.vocabulary, (batch, options.prompt), device=options.device)
         new = options.tokens
         same = torch.equal(_call(model, ids, new, full)(), _call(model, ids, new, None)())
         ours = {tier: _call(model, ids, new, full, tier=tier) for tier in tiers}
+        theirs = {name: _theirs(model, ids, new, **how) for name, how in (others or {}).items()}
         times = rounds(
-            {"model.generate": _call(model, ids, new, None)} | ours,
+            {"model.generate": _call(model, ids, new, None)} | theirs | ours,
             count=options.rounds,
             clock=clock,
         )
@@ -239,6 +269,9 @@ def full_depth(
             "ms_per_token": {k: float(np.median(v)) / new * 1e3 for k, v in times.items()},
             "same_tokens": same,
         } | {f"model.generate / {tier}": ratio(plain, times[tier]) for tier in tiers}
+        for name in theirs:
+            row[f"{name} / native"] = ratio(times[name], times["native"])
+            print(f"    speed of native against {name} {shown(row[f'{name} / native'])}")
         report[f"batch {batch}"] = row
         per_step = {name: round(value, 2) for name, value in row["ms_per_token"].items()}
         print(f"    batch {batch}, ms per step {per_step}")
@@ -450,6 +483,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--families", default="GPTNeoX,GPT2,Phi3,Gemma2", help="part e")
+    parser.add_argument("--compiled", action="store_true", help="part a")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()

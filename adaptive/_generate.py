@@ -481,7 +481,7 @@ def _watched(job: Job, watch: Watch) -> Job:
     return dataclasses.replace(
         job,
         policy=watch.policy,
-        labels=job.labels or watch.audits,
+        label_later=watch.audits,
         interrupt=watch.interrupt,
         seen=None if watch.shadow is None else [[] for _ in job.exits.layers],
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaptive._decode import Job, Record
+from adaptive._decode import Job, Record, label
 from adaptive._exits import Exits
 from adaptive._families import Readout
 from adaptive._full_depth import agreement_along
@@ -113,8 +113,11 @@ def finish_watch(
     else:
         scores = [score for score, _ in seen]
         coins = [coin for _, coin in watch.monitor.audits(watch.ticket, scores)]
-        if job.policy.mode == "propagate" and any(coins):
+        if any(coins) and job.policy.mode == "propagate":
             runs = _audited(model, job, record, runs, coins, padding=padding, tier=tier)
+        elif any(coins) and not job.labels:
+            label(job, record)
+            runs = _runs(record)
         known = [
             float(watch.loss.of([run], None, (None,))[0])
             if coin and (run.agreement >= 0).all()
@@ -182,8 +185,8 @@ def _audited(
     record.agreement[rows, : record.generated] = kept
     labels = kept.cpu().numpy()
     done = list(runs)
-    for label, row in zip(labels, rows.tolist(), strict=True):
-        done[row] = replace(runs[row], agreement=label[: len(runs[row].tokens)])
+    for known, row in zip(labels, rows.tolist(), strict=True):
+        done[row] = replace(runs[row], agreement=known[: len(runs[row].tokens)])
     return done
 
 

@@ -362,6 +362,7 @@ class NativeExecutor(AbstractExecutor):
         else:
             query = self._project_waiting(index, normed, span, span.waiting)
         added = self._product(self._attend(index, query, span), layer.attention.output)
+        del query  # not kept through the feed-forward part
         if layer.attention_post is not None:
             added = layer.attention_post(added)
         after = hidden + added

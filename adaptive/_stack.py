@@ -10,6 +10,9 @@ from torch import Tensor
 
 from adaptive._executor import AbstractExecutor
 
+#: Entries of the table of what a piece of a prompt may see.
+_TABLE = 2**23
+
 
 class AbstractStack(abc.ABC):
     """Layers cut into segments by the exits, and the tokens that wait in front of each.
@@ -32,8 +35,13 @@ class AbstractStack(abc.ABC):
         #: Whether final hidden states are kept for :meth:`take_finals`.
         self.keep_finals = False
 
-    def prefill(self, ids: Tensor, *, chunk: int = 1024) -> Tensor:
-        """Run a prompt ``[batch, n]`` at full depth; the last slot's final hidden state."""
+    def prefill(self, ids: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Run a prompt ``[batch, n]`` at full depth; the last slot's final hidden state.
+
+        In pieces of ``chunk`` slots, by default smaller ones for longer prompts: what a piece may
+        see is a table of its own length by the prompt's.
+        """
+        chunk = chunk or max(128, min(1024, _TABLE // ids.shape[1]))
         for start in range(0, ids.shape[1], chunk):
             tokens = ids[:, start : start + chunk]
             hidden = self.executor.embed(tokens, start)

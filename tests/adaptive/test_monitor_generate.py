@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from adaptive import InvalidArgumentError, Policy, UnsupportedError, generate
 from adaptive._collect import collect
+from adaptive._decode import label
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._full_depth import agreement_along
@@ -165,6 +166,21 @@ def test_only_audited_units_get_labels(mode: Mode) -> None:
     assert 0 < sum(coins) < 12
     for found, whole in zip(seen, all_of_them, strict=True):
         assert found.unit.loss == (whole.unit.loss if found.unit.audited else None)
+
+
+@pytest.mark.parametrize(("audits", "paid"), [(1.0, 1), (1e-9, 0)])
+def test_units_that_are_not_audited_are_not_settled(
+    audits: float, paid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = certified("exact")
+    settled: list[None] = []
+    monkeypatch.setattr(
+        "adaptive._monitor_units.label", lambda *given: settled.append(label(*given))
+    )
+    monitor = Monitor.for_policy(policy, audits=UniformAudits(audits))
+    run(policy, monitor, return_dict_in_generate=False)
+    assert len(settled) == paid
+    assert monitor.state.labelled == 3 * paid
 
 
 @modes

@@ -20,6 +20,8 @@ from adaptive._tier import Tier, executor_for
 #: Numbers of tokens that are timed.
 _TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _SECONDS = 1.0
+#: The table ends here if even one layer takes long.
+_ENOUGH = 16
 _ROUNDS = 5
 #: A pass that takes at most this much more per token than the best one is as good.
 _SLACK = 1.05
@@ -113,13 +115,16 @@ def measure(
         states = hidden[:, _BEFORE:]
         span = _layers_for(executor, states[:, :1])
         layer, head = [], []
+        began = time.perf_counter()
         for count in counts:
+            if count > _ENOUGH and time.perf_counter() - began > 2 * _SECONDS:
+                break
             given = states[:, :count]
             layer.append(_fastest(executor, partial(executor.run, 0, span, given, _BEFORE)) / span)
             head.append(_fastest(executor, partial(executor.readout, given)))
     finally:
         executor.end()
-    return Costs(counts, _rising(layer), _rising(head))
+    return Costs(counts[: len(layer)], _rising(layer), _rising(head))
 
 
 def _rising(seconds: list[float]) -> tuple[float, ...]:

@@ -99,12 +99,13 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
     drafted = record.ids[:, first : record.length].clone()
     logits = job.stack.executor.readout(finals)
     record.length = first
+    known = _agreeing(job, record, drafted, logits) if job.chooser.plain else None
     for offset in range(count):
         chosen, scores = job.chooser(
             record.ids[:, : record.length], logits[:, offset], record.generated
         )
         agree = chosen == drafted[:, offset]
-        drafts.wrong = not bool((agree | ~record.active).all())
+        drafts.wrong = not known[offset] if known else not bool((agree | ~record.active).all())
         step = drafts.steps[offset]
         stages = torch.where(agree, step.stages, len(job.exits.layers))
         kept = Step(stages, step.exit_scores, logits[:, offset], scores)
@@ -121,6 +122,16 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
             rest = drafts.states[offset + 1] if offset + 1 < count else state
             return True, rest
     return True, state
+
+
+def _agreeing(job: Job, record: Record, drafted: Tensor, logits: Tensor) -> list[bool]:
+    """Per draft, whether every row that counts would have chosen it; one read by the host.
+
+    A row counts as long as no draft can have ended it, which is up to the first wrong one.
+    """
+    agree = logits.argmax(dim=-1) == drafted
+    found: list[bool] = (agree | ~record.active[:, None]).all(dim=0).tolist()
+    return found
 
 
 def _cut(job: Job, record: Record) -> None:

@@ -257,7 +257,9 @@ class Policy:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise CertificateError(f"no policy at {path}") from error
+            raise CertificateError(
+                f"no policy at {path}: `save_pretrained` of a policy writes one"
+            ) from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CertificateError(f"{path} is not a policy file: {error}") from error
         return cls.from_dict(data)

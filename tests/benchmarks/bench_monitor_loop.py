@@ -31,6 +31,7 @@ from monitor_shipped import CALIBRATED, HERE, certified, records
 import adaptive._generate as loop
 import adaptive._monitor_units as units
 from adaptive import generate
+from adaptive._decode import label
 from adaptive._monitor_units import _audited, begin_watch, finish_watch
 from adaptive.calibration import AbstractAudits, EvidenceAudits, UniformAudits
 from adaptive.examples import load_model, load_prompts
@@ -81,6 +82,7 @@ def paired(
     loop.begin_watch = clock.around(begin_watch)
     loop.finish_watch = clock.around(finish_watch)
     units._audited = audit.around(_audited)
+    units.label = audit.around(label)
 
     def seconds(prompt: Any, watching: Monitor | None) -> float:
         start = time.process_time()

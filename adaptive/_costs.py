@@ -26,6 +26,8 @@ _ROUNDS = 5
 #: A pass that takes at most this much more per token than the best one is as good.
 _SLACK = 1.05
 _BEFORE = 8
+#: Seconds per layer that single tokens take longer than whole rows: indices instead of slices.
+_PICKING = 1.5e-4
 _known: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], Costs]] = (
     weakref.WeakKeyDictionary()
 )
@@ -60,6 +62,14 @@ class Costs:
         """Fewest tokens of a pass at which a token takes hardly less than in a larger one."""
         each = np.divide(self.layer, self.tokens)
         return self.tokens[int(np.argmax(each <= _SLACK * each.min()))]
+
+
+def pays_apart(costs: Costs, rows: int) -> bool:
+    """Whether a layer on half of the rows, picked out one by one, takes less than on all.
+
+    Where launching operators is what takes the time, a pass takes as long for few rows as for all.
+    """
+    return costs.of_layer(rows) - costs.of_layer(rows / 2) > _PICKING
 
 
 def _at(tokens: tuple[int, ...], seconds: tuple[float, ...], count: float) -> float:

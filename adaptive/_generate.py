@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
-from adaptive._costs import Costs, costs_of
+from adaptive._costs import Costs, costs_of, pays_apart
 from adaptive._decode import Job, Record, decode
 from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
@@ -297,9 +297,10 @@ def _prepared(
     if monitor is not None:
         watch = begin_watch(monitor, policy, exits, rows=input_ids.shape[0])
     costs = None
-    if policy.mode != "propagate" and own["max_pending"] is None:
-        costs = costs_of(model, tier=own["tier"])
     executor = executor_for(model, tier=own["tier"])
+    apart = executor.by_token and input_ids.shape[0] > 1 and policy.mode != "verify"
+    if apart or (policy.mode != "propagate" and own["max_pending"] is None):
+        costs = costs_of(model, tier=own["tier"])
     executor.begin(
         batch_size=input_ids.shape[0],
         max_length=generation_config.max_length,
@@ -419,6 +420,7 @@ def _job(
     policy: Policy = own["policy"]
     rows = input_ids.shape[0]
     most = own["max_pending"] or _inbox(policy, costs)
+    apart = costs is not None and executor.by_token and pays_apart(costs, rows)
     pad = config._pad_token_tensor
     eos = config._eos_token_tensor
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -430,7 +432,7 @@ def _job(
     return Job(
         policy=policy,
         exits=exits,
-        stack=_stack(policy, executor, exits, rows=rows, most=most),
+        stack=_stack(policy, executor, exits, rows=rows, most=most, apart=apart),
         chooser=Chooser(processors, _noise(config, own, input_ids)),
         criteria=criteria,
         prompt=input_ids,
@@ -443,7 +445,7 @@ def _job(
         emit=put,
         max_pending=most,
         draft_length=None
-        if costs is None or policy.mode != "verify"
+        if costs is None or policy.mode != "verify" or own["max_pending"] is not None
         else DraftLength(costs, layers=executor.layers, rows=rows, most=most),
         labels=details,
         keep_scores=details and bool(config.output_scores),
@@ -456,19 +458,25 @@ def _job(
 
 def _inbox(policy: Policy, costs: Costs | None) -> int:
     """Slots that wait at most: enough for a pass in which a token takes as little as it can."""
-    if costs is None:
+    if costs is None or policy.mode == "propagate":
         return _MAX_PENDING
     return _MAX_DRAFTS if policy.mode == "verify" else costs.efficient
 
 
 def _stack(
-    policy: Policy, executor: AbstractExecutor, exits: Exits, *, rows: int, most: int
+    policy: Policy,
+    executor: AbstractExecutor,
+    exits: Exits,
+    *,
+    rows: int,
+    most: int,
+    apart: bool,
 ) -> AbstractStack:
-    """Rows of a batch go their own ways where the executor can run single tokens.
+    """Rows of a batch go their own ways where that saves time.
 
     Not in ``verify`` mode, where all rows are cut back together.
     """
-    if rows == 1 or policy.mode == "verify" or not executor.by_token:
+    if rows == 1 or policy.mode == "verify" or not apart:
         shared = PropagateStack if policy.mode == "propagate" else ExactStack
         return shared(executor, exits.layers)
     if policy.mode == "propagate":

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive import _costs, generate, get_exits
-from adaptive._costs import Costs, costs_of
+from adaptive._costs import Costs, costs_of, pays_apart
 from adaptive._draft_length import DraftLength
 
 FLAT = Costs((1, 2, 4, 8, 16, 32), (1.0,) * 6, (0.5,) * 6)
@@ -23,6 +23,13 @@ def test_an_efficient_pass_is_the_smallest_that_is_as_good_as_any() -> None:
     assert LINEAR.efficient == 1
     bent = Costs((1, 2, 4, 8, 16), (4.0, 4.0, 4.0, 8.0, 16.0), (1.0,) * 5)
     assert bent.efficient == 4
+
+
+def test_rows_go_apart_only_where_fewer_rows_take_less() -> None:
+    slow = Costs((1, 8), (1e-3, 4e-3), (1e-3, 1e-3))
+    bound_by_launches = Costs((1, 8), (1.0e-4, 1.1e-4), (1e-4, 1e-4))
+    assert pays_apart(slow, 8)
+    assert not pays_apart(bound_by_launches, 8)
 
 
 def test_costs_between_and_beyond_what_was_measured() -> None:

@@ -59,6 +59,12 @@ def test_what_a_token_sees() -> None:
     assert near[0].tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]
 
 
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of models this small would stay together: nothing is saved."""
+    monkeypatch.setattr(_generate, "pays_apart", lambda *_: True)
+
+
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Turn rows of their own off, for comparison."""

@@ -292,13 +292,13 @@ def label(job: Job, record: Record) -> None:
     """
     job.stack.complete(record.ids[:, : record.length])
     job.stack.settle()
-    if not job.stack.settles:
-        return
     # the prompt's own pass decides the first token, unless the text had been begun before
     decided = 1 if job.resumed is None else 0
     if record.generated <= decided:
         return
     finals = job.stack.take_finals()
+    if finals is None:
+        return
     for offset in range(0, finals.shape[1], _LABEL_CHUNK):
         hidden = finals[:, offset : offset + _LABEL_CHUNK]
         at = slice(offset + decided, offset + decided + hidden.shape[1])

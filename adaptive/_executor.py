@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,13 +19,11 @@ class AbstractExecutor(abc.ABC):
     layer's slots are written in order.
 
     ``layers`` is the number of decoder layers, ``readout`` the way from the last layer's output
-    ``[..., width]`` to logits ``[..., vocabulary]``. Only executors with ``by_token`` can
-    run single tokens of some rows (the methods ``*_tokens``).
+    ``[..., width]`` to logits ``[..., vocabulary]``.
     """
 
     layers: int
     readout: Readout
-    by_token: ClassVar[bool] = False
 
     @abc.abstractmethod
     def begin(
@@ -71,10 +68,27 @@ class AbstractExecutor(abc.ABC):
     def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
         """Write keys and values of layers ``low .. high - 1``, all projected from ``hidden``."""
 
+    @abc.abstractmethod
+    def truncate(self, length: int) -> None:
+        """Forget the slots from ``length`` on, in every layer."""
+
+    @abc.abstractmethod
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values written so far, each ``[batch, heads, length, head width]``."""
+
+    @abc.abstractmethod
+    def end(self) -> None:
+        """Release what :meth:`begin` allocated; the model is as it was before."""
+
+
+class TokenExecutor(AbstractExecutor):
+    """Also runs single tokens of some rows, each at a slot of its own."""
+
+    @abc.abstractmethod
     def embed_tokens(self, ids: Tensor, tokens: Tokens) -> Tensor:
         """Input of layer 0, ``[n, width]``, for single tokens with these ``ids``, int64 ``[n]``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run_tokens(
         self,
         low: int,
@@ -90,23 +104,10 @@ class AbstractExecutor(abc.ABC):
         ``waiting`` are other tokens and the states that all layers project their keys and values
         from, as after :meth:`fill_tokens`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fill_tokens(self, low: int, high: int, hidden: Tensor, tokens: Tokens) -> None:
         """Like :meth:`fill` for single tokens, ``hidden [n, width]``, of some rows."""
-        raise NotImplementedError
-
-    @abc.abstractmethod
-    def truncate(self, length: int) -> None:
-        """Forget the slots from ``length`` on, in every layer."""
-
-    @abc.abstractmethod
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values written so far, each ``[batch, heads, length, head width]``."""
-
-    @abc.abstractmethod
-    def end(self) -> None:
-        """Release what :meth:`begin` allocated; the model is as it was before."""
 
 
 def attention_mask(

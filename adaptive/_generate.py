@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
-from adaptive._costs import Costs, costs_of, pays_apart
+from adaptive._costs import Costs
 from adaptive._decode import Job, Record, decode
 from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
@@ -35,14 +35,13 @@ from adaptive._monitor import Monitor
 from adaptive._monitor_records import Watched
 from adaptive._monitor_units import Watch, begin_watch, finish_watch
 from adaptive._output import AdaptiveOutput
-from adaptive._row_stack import ExactRowStack, PropagateRowStack
 from adaptive._settings import (
     certificate_mismatches,
     check_processors,
     check_stages,
     decoding_settings,
 )
-from adaptive._stack import AbstractStack, ExactStack, PropagateStack
+from adaptive._stacking import inbox, needed_costs, stack_for
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
 from adaptive.calibration import (
@@ -59,10 +58,6 @@ _NO_ASSISTANT = (
     "`assistant_model` is not supported under a policy "
     "(mode='verify' speculates with the model itself)"
 )
-#: Most slots an inbox holds by default where none is computed through the layers they wait for.
-_MAX_PENDING = 32
-#: Most drafts that are confirmed together.
-_MAX_DRAFTS = 32
 #: Keyword arguments that transformers passes to every decoding method and that change nothing here.
 _IGNORED = frozenset(
     {"logits_to_keep", "use_cache", "synced_gpus", "output_attentions", "output_hidden_states"}
@@ -296,11 +291,15 @@ def _prepared(
     watch = None
     if monitor is not None:
         watch = begin_watch(monitor, policy, exits, rows=input_ids.shape[0])
-    costs = None
     executor = executor_for(model, tier=own["tier"])
-    apart = executor.by_token and input_ids.shape[0] > 1 and policy.mode != "verify"
-    if apart or (policy.mode != "propagate" and own["max_pending"] is None):
-        costs = costs_of(model, tier=own["tier"])
+    costs = needed_costs(
+        model,
+        executor,
+        policy.mode,
+        rows=input_ids.shape[0],
+        max_pending=own["max_pending"],
+        tier=own["tier"],
+    )
     executor.begin(
         batch_size=input_ids.shape[0],
         max_length=generation_config.max_length,
@@ -419,8 +418,7 @@ def _job(
 ) -> Job:
     policy: Policy = own["policy"]
     rows = input_ids.shape[0]
-    most = own["max_pending"] or _inbox(policy, costs)
-    apart = costs is not None and executor.by_token and pays_apart(costs, rows)
+    most = own["max_pending"] or inbox(policy.mode, costs)
     pad = config._pad_token_tensor
     eos = config._eos_token_tensor
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -432,7 +430,7 @@ def _job(
     return Job(
         policy=policy,
         exits=exits,
-        stack=_stack(policy, executor, exits, rows=rows, most=most, apart=apart),
+        stack=stack_for(executor, exits, policy.mode, costs, rows=rows, most=most),
         chooser=Chooser(processors, _noise(config, own, input_ids)),
         criteria=criteria,
         prompt=input_ids,
@@ -445,7 +443,7 @@ def _job(
         emit=put,
         max_pending=most,
         draft_length=None
-        if costs is None or policy.mode != "verify" or own["max_pending"] is not None
+        if costs is None or policy.mode != "verify"
         else DraftLength(costs, layers=executor.layers, rows=rows, most=most),
         labels=details,
         keep_scores=details and bool(config.output_scores),
@@ -454,34 +452,6 @@ def _job(
         seed=own["seed"],
         resumed=_resumed(own, config, processors, input_ids),
     )
-
-
-def _inbox(policy: Policy, costs: Costs | None) -> int:
-    """Slots that wait at most: enough for a pass in which a token takes as little as it can."""
-    if costs is None or policy.mode == "propagate":
-        return _MAX_PENDING
-    return _MAX_DRAFTS if policy.mode == "verify" else costs.efficient
-
-
-def _stack(
-    policy: Policy,
-    executor: AbstractExecutor,
-    exits: Exits,
-    *,
-    rows: int,
-    most: int,
-    apart: bool,
-) -> AbstractStack:
-    """Rows of a batch go their own ways where that saves time.
-
-    Not in ``verify`` mode, where all rows are cut back together.
-    """
-    if rows == 1 or policy.mode == "verify" or not apart:
-        shared = PropagateStack if policy.mode == "propagate" else ExactStack
-        return shared(executor, exits.layers)
-    if policy.mode == "propagate":
-        return PropagateRowStack(executor, exits.layers, batch=rows, most=most)
-    return ExactRowStack(executor, exits.layers, batch=rows, most=most, efficient=most)
 
 
 def _watched(job: Job, watch: Watch) -> Job:

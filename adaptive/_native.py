@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from adaptive._executor import AbstractExecutor, attention_mask
+from adaptive._executor import TokenExecutor, attention_mask
 from adaptive._families import Readout, family_of, layers_of
 from adaptive._families._layer import (
     AbstractNorm,
@@ -74,7 +74,7 @@ class _Span:
     apart: _Apart | None = None
 
 
-class NativeExecutor(AbstractExecutor):
+class NativeExecutor(TokenExecutor):
     """Preallocated keys and values, fused projections, one stacked product for skipped layers.
 
     What the layers compute is written down by the family (:class:`adaptive._families.Native`).
@@ -87,8 +87,6 @@ class NativeExecutor(AbstractExecutor):
     training or loading in place is seen here, and memory stays the model's own. (Gate and up
     projection stay apart: on a CPU one product of twice the width takes longer for several rows.)
     """
-
-    by_token = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         reason = why_not_native(model)
@@ -137,7 +135,7 @@ class NativeExecutor(AbstractExecutor):
     def begin(
         self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
     ) -> None:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         check_length(self._longest, max_length)
         like = self._kv
         shape = (self.layers, batch_size, self.kv_heads, max_length, self.head_width)
@@ -166,7 +164,7 @@ class NativeExecutor(AbstractExecutor):
         return cos[:, None, None], signed[:, None, None]
 
     def embed(self, tokens: Tensor, start: int) -> Tensor:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         return self._embed(tokens, self._positions[:, start : start + tokens.shape[1]])
 
     def run(
@@ -179,7 +177,7 @@ class NativeExecutor(AbstractExecutor):
         frozen: Tensor | None = None,
         waiting: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         first, stop = start, start + hidden.shape[1]
         if waiting is not None:
             first -= waiting.shape[1]
@@ -201,7 +199,7 @@ class NativeExecutor(AbstractExecutor):
         return hidden
 
     def embed_tokens(self, ids: Tensor, tokens: Tokens) -> Tensor:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         positions = self._positions[tokens.rows, tokens.slots]
         return self._embed(ids[:, None], positions[:, None])[:, 0]
 
@@ -214,7 +212,7 @@ class NativeExecutor(AbstractExecutor):
         *,
         waiting: tuple[Tensor, Tokens] | None = None,
     ) -> Tensor:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         written, bare, late = tokens, None, 0
         if waiting is not None:
             states, before = waiting
@@ -241,7 +239,7 @@ class NativeExecutor(AbstractExecutor):
         return hidden[0]
 
     def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
-        """See :class:`AbstractExecutor`: all skipped layers in one product over stacked weights.
+        """See :class:`TokenExecutor`: all skipped layers in one product over stacked weights.
 
         Every skipped layer sees the same hidden state, so its norm differs by its own parameters
         alone and all projections are one batched product.
@@ -255,7 +253,7 @@ class NativeExecutor(AbstractExecutor):
         self._reached(low, high, stop)
 
     def fill_tokens(self, low: int, high: int, hidden: Tensor, tokens: Tokens) -> None:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         ropes = self._ropes_of(low, high)
         cos, sin = (
             torch.stack([self._at(table[rope], tokens) for rope in ropes])
@@ -307,16 +305,16 @@ class NativeExecutor(AbstractExecutor):
         self._length[low:high] = [max(stop, own) for own in self._length[low:high]]
 
     def truncate(self, length: int) -> None:
-        """See :class:`AbstractExecutor`: later slots are overwritten before they are read."""
+        """See :class:`TokenExecutor`: later slots are overwritten before they are read."""
         self._length = [min(length, own) for own in self._length]
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         length = self._length[layer]
         return self._keys[layer, :, :, :length], self._values[layer, :, :, :length]
 
     def end(self) -> None:
-        """See :class:`AbstractExecutor`."""
+        """See :class:`TokenExecutor`."""
         del self._keys, self._values, self._cos, self._sin
         self._padding = None
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptive._executor import AbstractExecutor
+from adaptive._executor import TokenExecutor
 from adaptive._stack import AbstractStack
 from adaptive._tokens import Tokens
 
@@ -21,8 +21,8 @@ class RowStack(AbstractStack):
 
     Parameters
     ----------
-    executor : AbstractExecutor
-        Already begun; runs single tokens (``by_token``).
+    executor : TokenExecutor
+        Already begun.
     exits : tuple of int
     batch : int
         Rows.
@@ -31,9 +31,10 @@ class RowStack(AbstractStack):
     """
 
     def __init__(
-        self, executor: AbstractExecutor, exits: tuple[int, ...], *, batch: int, most: int
+        self, executor: TokenExecutor, exits: tuple[int, ...], *, batch: int, most: int
     ) -> None:
         super().__init__(executor, exits)
+        self.executor: TokenExecutor = executor
         self.batch, self.most = batch, most
         self.filled: NDArray[np.int64] = np.zeros((self.segments, batch), dtype=np.int64)
         self._ring: Tensor | None = None
@@ -112,11 +113,9 @@ class ExactRowStack(RowStack):
     and what they are computed from does not change.
     """
 
-    settles = True
-
     def __init__(
         self,
-        executor: AbstractExecutor,
+        executor: TokenExecutor,
         exits: tuple[int, ...],
         *,
         batch: int,
@@ -186,12 +185,9 @@ class ExactRowStack(RowStack):
         owed = before - stops
         if not self.keep_finals:
             owed[self.filled[0] <= slot] = 0  # the row is finished: nobody will ask for it
-        for row in np.argsort(-owed, kind="stable"):
-            if room <= 0 or owed[row] == 0:
-                break
-            taken = min(room, int(owed[row]))
-            stops[row] += taken
-            room -= taken
+        order = np.argsort(-owed, kind="stable")
+        longest = owed[order]
+        stops[order] += np.clip(room - (np.cumsum(longest) - longest), 0, longest)
         along = np.flatnonzero(stops > self.filled[segment])
         if not along.size:
             return None
@@ -215,8 +211,6 @@ class PropagateRowStack(RowStack):
 
     They are projected when their own row needs the segment.
     """
-
-    settles = False
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
         """See :class:`AbstractStack`."""
@@ -244,9 +238,8 @@ class PropagateRowStack(RowStack):
                 self.executor.fill_tokens(low, high, self._states(tokens), tokens)
                 self.filled[segment, owing] = self.filled[0, owing]
 
-    def take_finals(self) -> Tensor:
-        """See :class:`AbstractStack`: there are none, skipped layers were never computed."""
-        raise NotImplementedError
+    def take_finals(self) -> None:
+        """See :class:`AbstractStack`: there are none."""
 
 
 def _with(hidden: Tensor, tokens: Tokens, states: Tensor) -> Tensor:

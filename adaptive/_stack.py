@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +23,6 @@ class AbstractStack(abc.ABC):
     exits : tuple of int
         Number of layers below each exit, ascending.
     """
-
-    #: Whether a settled token passes all layers, so that the full model's choice is known.
-    settles: ClassVar[bool]
 
     def __init__(self, executor: AbstractExecutor, exits: tuple[int, ...]) -> None:
         self.executor = executor
@@ -84,8 +80,11 @@ class AbstractStack(abc.ABC):
         """Pay everything that is owed: afterwards every segment has every slot."""
 
     @abc.abstractmethod
-    def take_finals(self) -> Tensor:
-        """Hand over the kept final states in slot order, ``[batch, n, width]``, and forget them."""
+    def take_finals(self) -> Tensor | None:
+        """Hand over the kept final states in slot order, ``[batch, n, width]``, and forget them.
+
+        ``None`` where settled tokens do not pass the layers they skipped.
+        """
 
     @abc.abstractmethod
     def _begun(self, length: int) -> None:
@@ -105,8 +104,6 @@ class SharedStack(AbstractStack):
         super().__init__(executor, exits)
         self.filled = [0] * self.segments
         self.inbox: list[list[Tensor]] = [[] for _ in range(self.segments)]
-        #: ``(first slot, [batch, n, width])`` of tokens that got to the end.
-        self.finals: list[tuple[int, Tensor]] = []
 
     def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
         """See :class:`AbstractStack`: all rows."""
@@ -119,18 +116,6 @@ class SharedStack(AbstractStack):
     def pending(self) -> int:
         """See :class:`AbstractStack`."""
         return self.filled[0] - self.filled[-1]
-
-    def truncate(self, length: int) -> None:
-        """Forget the slots from ``length`` on (nothing may be pending)."""
-        self.executor.truncate(length)
-        self.filled = [min(own, length) for own in self.filled]
-        self.finals = []
-
-    def take_finals(self) -> Tensor:
-        """See :class:`AbstractStack`."""
-        kept = sorted(self.finals, key=lambda item: item[0])
-        self.finals = []
-        return torch.cat([hidden for _, hidden in kept], dim=1)
 
     def _begun(self, length: int) -> None:
         self.filled = [length] * self.segments
@@ -148,7 +133,22 @@ class ExactStack(SharedStack):
     Every key and value is what the full model computes for the same tokens.
     """
 
-    settles = True
+    def __init__(self, executor: AbstractExecutor, exits: tuple[int, ...]) -> None:
+        super().__init__(executor, exits)
+        #: ``(first slot, [batch, n, width])`` of tokens that got to the end.
+        self.finals: list[tuple[int, Tensor]] = []
+
+    def truncate(self, length: int) -> None:
+        """Forget the slots from ``length`` on (nothing may be pending)."""
+        self.executor.truncate(length)
+        self.filled = [min(own, length) for own in self.filled]
+        self.finals = []
+
+    def take_finals(self) -> Tensor:
+        """See :class:`AbstractStack`."""
+        kept = sorted(self.finals, key=lambda item: item[0])
+        self.finals = []
+        return torch.cat([hidden for _, hidden in kept], dim=1)
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
         """See :class:`AbstractStack`: one causal pass over the inbox and the newest token."""
@@ -197,7 +197,8 @@ class PropagateStack(SharedStack):
     the segment.
     """
 
-    settles = False
+    def take_finals(self) -> None:
+        """See :class:`AbstractStack`: there are none."""
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
         """See :class:`AbstractStack`: rows that stopped keep their state."""

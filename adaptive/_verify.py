@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive._decode import Job, Record, Step, first_token, walk
-from adaptive._stack import SharedStack
+from adaptive._stack import ExactStack
 from adaptive.policies import State
 
 
@@ -31,8 +31,8 @@ def decode_verified(job: Job) -> Record:
     Drafts are written behind the confirmed text and read by nobody but the layers. They are
     confirmed when a token needs the full depth anyway, when there are as many as ``max_pending``
     or measured costs and acceptance make worth while, when a draft would end a row, or when the
-    text has its full length. Rows accept together: the first
-    disagreement of any row cuts all rows back to it, which costs work and never changes tokens.
+    text has its full length. Rows accept together: the first disagreement of any row cuts all
+    rows back to it, which costs work and never changes tokens.
     """
     record = Record(job)
     job.stack.keep_finals = True
@@ -92,8 +92,10 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
 
     Returns whether any row goes on, and the policy's state behind the last kept token.
     """
-    job.stack.settle()
-    finals = job.stack.take_finals()
+    stack = job.stack
+    assert isinstance(stack, ExactStack)
+    stack.settle()
+    finals = stack.take_finals()
     count = len(drafts.steps)
     first = record.length - count
     drafted = record.ids[:, first : record.length].clone()
@@ -136,5 +138,5 @@ def _agreeing(job: Job, record: Record, drafted: Tensor, logits: Tensor) -> list
 
 def _cut(job: Job, record: Record) -> None:
     """Forget keys and values of what is no longer in the text; the newest token has none yet."""
-    assert isinstance(job.stack, SharedStack)
+    assert isinstance(job.stack, ExactStack)
     job.stack.truncate(record.length - 1)

@@ -62,7 +62,7 @@ def test_costs_change_no_token(
     ids, mask = helpers.prompts((11, 7, 10))
     given = {"attention_mask": mask, "policy": policy, "max_new_tokens": 24, "pad_token_id": 0}
     fixed = generate(model, ids, max_pending=3, **given)
-    monkeypatch.setattr("adaptive._generate.costs_of", lambda *_, **__: costs)
+    monkeypatch.setattr("adaptive._stacking.costs_of", lambda *_, **__: costs)
     assert torch.equal(generate(model, ids, **given), fixed)
 
 
@@ -119,7 +119,7 @@ def test_acceptance_is_learned_in_the_loop(helpers: Any, monkeypatch: pytest.Mon
             super().observe(accepted=accepted, rejected=rejected, depths=depths)
 
     monkeypatch.setattr("adaptive._generate.DraftLength", Listening)
-    monkeypatch.setattr("adaptive._generate.costs_of", lambda *_, **__: FLAT)
+    monkeypatch.setattr("adaptive._stacking.costs_of", lambda *_, **__: FLAT)
     model = helpers.shared("llama")
     ids, mask = helpers.prompts((11,))
     output = generate(

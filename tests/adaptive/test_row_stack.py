@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import NATIVE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive import _generate, generate, get_exits
+from adaptive import _generate, _stacking, generate, get_exits
 from adaptive._native import NativeExecutor
 from adaptive._stack import ExactStack, PropagateStack
 from adaptive._tokens import Tokens, visible
@@ -62,27 +63,27 @@ def test_what_a_token_sees() -> None:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of models this small would stay together: nothing is saved."""
-    monkeypatch.setattr(_generate, "pays_apart", lambda *_: True)
+    monkeypatch.setattr(_stacking, "pays_apart", lambda *_: True)
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Turn rows of their own off, for comparison."""
 
-    def stack(policy: Any, executor: Any, exits: Any, **_: Any) -> Any:
-        kind = PropagateStack if policy.mode == "propagate" else ExactStack
+    def stack(executor: Any, exits: Any, mode: str, *_: Any, **__: Any) -> Any:
+        kind = PropagateStack if mode == "propagate" else ExactStack
         return kind(executor, exits.layers)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as patched:
-            patched.setattr(_generate, "_stack", stack)
+            patched.setattr(_generate, "stack_for", stack)
             return generate(*args, **kwargs)
 
     return run
 
 
 @pytest.mark.parametrize("mode", ["exact", "propagate"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox", "gpt2"])
+@pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("ended", [False, True], ids=["full length", "rows end"])
 def test_rows_of_their_own_change_nothing(
     name: str, mode: Any, ended: bool, shared: Any, helpers: Any
@@ -200,7 +201,7 @@ def test_a_pass_takes_waiting_tokens_of_other_rows_along(
     }
     sizes: dict[int, list[int]] = {}
     texts = []
-    original = _generate.ExactRowStack
+    original = _stacking.ExactRowStack
     run_tokens = NativeExecutor.run_tokens
     for efficient in (1, 16):
         sizes[efficient] = []
@@ -212,7 +213,7 @@ def test_a_pass_takes_waiting_tokens_of_other_rows_along(
 
         monkeypatch.setattr(NativeExecutor, "run_tokens", measured)
         monkeypatch.setattr(
-            _generate,
+            _stacking,
             "ExactRowStack",
             lambda *a, **k: original(*a, **{**k, "efficient": efficient}),  # noqa: B023
         )

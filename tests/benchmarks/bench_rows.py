@@ -85,12 +85,12 @@ def passes(costs: Costs, layers: int) -> Passes:
 def shared(work: Callable[[], Any]) -> Callable[[], Any]:
     """The same call with one filled length for the whole batch."""
 
-    def stack(policy: Policy, executor: Any, exits: Any, **_: Any) -> Any:
-        kind = PropagateStack if policy.mode == "propagate" else ExactStack
+    def stack(executor: Any, exits: Any, mode: str, *_: Any, **__: Any) -> Any:
+        kind = PropagateStack if mode == "propagate" else ExactStack
         return kind(executor, exits.layers)
 
     def run() -> Any:
-        with mock.patch.object(_generate, "_stack", stack):
+        with mock.patch.object(_generate, "stack_for", stack):
             return work()
 
     return run

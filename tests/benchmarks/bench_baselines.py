@@ -33,22 +33,19 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from bench_decode import PATTERNS, Clock, build, machine, ratio, rounds, shown
 from torch import Tensor
 from transformers import PreTrainedModel
+from workshop import PATTERNS, Clock, build, command_line, ratio, rounds, shown, stamp
 
 from adaptive import generate
 from adaptive._exits import require_exits
 from adaptive._tier import executor_for
 from adaptive.policies import AbstractRule, Features, NoScore, Policy, ProbeScore, State, Threshold
 
-OUT = Path(__file__).parent / "results" / "baselines.json"
 #: Whether a loop forms a head after every layer, and whether it fills layer by layer.
 LOOPS = {
     "wait for all rows": (False, False),
@@ -259,17 +256,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", action="store_true", help="print the kept figures, run nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = command_line(__doc__, out="baselines.json", rounds=7, batches="1,8")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.out.read_text())))
@@ -278,12 +265,8 @@ def main() -> None:
     model = build(options)
     kept = json.loads(options.out.read_text()) if options.out.exists() else {"batches": {}}
     for batch in options.batches.split(","):
-        kept["batches"][batch] = measured(model, options, int(batch)) | {
-            "machine": machine(),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "options": {key: str(value) for key, value in vars(options).items() if key != "out"},
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        found = measured(model, options, int(batch))
+        kept["batches"][batch] = found | stamp(options, model)
     options.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 

@@ -25,96 +25,33 @@ Parts that are not run keep the figures they have in the results.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
+from workshop import (
+    PATTERNS,
+    Clock,
+    Prescribed,
+    build,
+    call,
+    command_line,
+    machine,
+    ratio,
+    rounds,
+    shown,
+    stamp,
+)
 
-import adaptive
-from adaptive import attach_exits, generate
-from adaptive._exits import Exits, ExitsRecord
-from adaptive._fingerprint import lineage
+from adaptive import attach_exits
 from adaptive._tier import executor_for
-from adaptive.policies import AbstractRule, Features, NoScore, Policy, ProbeScore, State, Threshold
-
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Prescribed(AbstractRule):
-    """Stop at the exit that a table gives for the position, whatever the score."""
-
-    pattern: tuple[int, ...]
-    nested: ClassVar[bool] = False
-
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        return {"pattern": torch.tensor(self.pattern, device=device)}
-
-    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
-        wanted = state["pattern"][(features.position - 1) % len(self.pattern)]
-        return wanted <= features.stage, state
-
-    def with_knob(self, knob: float) -> Self:
-        return self
-
-    def knobs(self, trace: Any, *, size: int) -> tuple[float, ...]:
-        return (float("inf"),)
-
-
-def _independent() -> tuple[int, ...]:
-    """Exits drawn without regard to each other; the last token goes to full depth."""
-    rng = np.random.default_rng(0)
-    drawn = rng.permutation([0] * 12 + [1] * 11 + [2] * 6 + [3] * 2)
-    return (*(int(exit) for exit in drawn), 3)
-
-
-#: Exit of each token in turn; 3 is full depth. All have mean depth one half over 32 tokens.
-PATTERNS = {
-    "all at one half": (1,),
-    "four depths mixed": (1, 0, 2, 1, 0, 1, 0, 3),
-    "two depths alternating": (0, 2),
-    "independent": _independent(),
-    "bursty": (0,) * 6 + (1,) * 6 + (2,) * 6 + (0,) * 6 + (1,) * 5 + (3,) * 3,
-}
-
-
-def build(options: argparse.Namespace) -> LlamaForCausalLM:
-    """Random Llama whose layers behind the first exit say nothing: exits always agree."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        intermediate_size=int(options.width * 2.7) // 32 * 32,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=options.width // 128 or 1,
-        head_dim=64,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval().to(options.device)
-    with torch.no_grad():
-        for layer in model.model.layers[options.layers // 4 :]:
-            layer.self_attn.o_proj.weight.mul_(1e-4)
-            layer.mlp.down_proj.weight.mul_(1e-4)
-    places = tuple(options.layers * part // 4 for part in (1, 2, 3))
-    record = ExitsRecord(model=lineage(model), settings={"benchmark": True})
-    attach_exits(model, Exits(places, options.width, rank=0, record=record))
-    return model
+from adaptive.policies import NoScore, Policy, ProbeScore, Threshold
 
 
 def build_other(family: str, options: argparse.Namespace) -> PreTrainedModel:
@@ -139,70 +76,11 @@ def build_other(family: str, options: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-class Clock:
-    """Seconds of a piece of work: CPU time of this process, or wall time of a device."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            torch.cuda.synchronize()
-            return time.perf_counter() - start
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-
-
-def rounds(
-    variants: dict[str, Callable[[], object]], *, count: int, clock: Clock
-) -> dict[str, np.ndarray]:
-    """Time every variant in every round, after one untimed call each."""
-    for work in variants.values():
-        work()
-    names = list(variants)
-    found = {name: np.zeros(count) for name in names}
-    gc.disable()
-    for turn in range(count):
-        gc.collect()
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            found[name][turn] = clock(variants[name])
-    gc.enable()
-    return found
-
-
-def ratio(over: np.ndarray, under: np.ndarray) -> dict[str, float]:
-    """Median of the paired ratios and its 95 percent bootstrap interval."""
-    paired = over / under
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(paired, (4000, paired.size)), axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return {"median": float(np.median(paired)), "low": float(low), "high": float(high)}
-
-
-def shown(value: dict[str, float]) -> str:
-    return f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-
-
 def unchecked() -> Policy:
     """Full depth without a single check (a policy of the library asks at least once)."""
     policy = Policy(NoScore(), Threshold(), stages=(0,))
     object.__setattr__(policy, "stages", ())
     return policy
-
-
-def _call(
-    model: PreTrainedModel, ids: Tensor, new: int, policy: Policy | None, **settings: Any
-) -> Callable[[], Any]:
-    """A generation that is ready to run; without a policy, transformers' own."""
-    common = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    if policy is None:
-        return lambda: model.generate(ids, **common)
-    return lambda: generate(model, ids, policy=policy, **common, **settings)
 
 
 def _theirs(
@@ -256,11 +134,11 @@ def full_depth(
     for batch in batches:
         ids = torch.randint(2, options.vocabulary, (batch, options.prompt), device=options.device)
         new = options.tokens
-        same = torch.equal(_call(model, ids, new, full)(), _call(model, ids, new, None)())
-        ours = {tier: _call(model, ids, new, full, tier=tier) for tier in tiers}
+        same = torch.equal(call(model, ids, new, full)(), call(model, ids, new, None)())
+        ours = {tier: call(model, ids, new, full, tier=tier) for tier in tiers}
         theirs = {name: _theirs(model, ids, new, **how) for name, how in (others or {}).items()}
         times = rounds(
-            {"model.generate": _call(model, ids, new, None)} | theirs | ours,
+            {"model.generate": call(model, ids, new, None)} | theirs | ours,
             count=options.rounds,
             clock=clock,
         )
@@ -345,20 +223,20 @@ def prescribed(
         for mode, name, pending in cases
     }
     variants = {
-        name: _call(model, ids, new, policy, max_pending=pending)
+        name: call(model, ids, new, policy, max_pending=pending)
         for name, (policy, pending) in plan.items()
     }
     depths, agreement = {}, {}
     for name, (policy, pending) in plan.items():
-        output = _call(model, ids, new, policy, max_pending=pending, return_dict_in_generate=True)()
+        output = call(model, ids, new, policy, max_pending=pending, return_dict_in_generate=True)()
         depths[name] = output.mean_depth
         known = output.agreement[output.agreement >= 0].float()
         agreement[name] = float(known.mean()) if known.numel() else None
     variants |= {
-        "full": _call(model, ids, new, full),
-        "model.generate": _call(model, ids, new, None),
-        "prompt": _call(model, ids, 1, full),
-        "prompt of model.generate": _call(model, ids, 1, None),
+        "full": call(model, ids, new, full),
+        "model.generate": call(model, ids, new, None),
+        "prompt": call(model, ids, 1, full),
+        "prompt of model.generate": call(model, ids, 1, None),
     }
     variants |= components(model, options.prompt + new // 2)
     times = rounds(variants, count=options.rounds, clock=clock)
@@ -431,8 +309,8 @@ def part_c(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     _generate.check_stages = lambda *_: None
     try:
         loops = {
-            "checked": _call(model, ids, new, checked),
-            "unchecked": _call(model, ids, new, unchecked()),
+            "checked": call(model, ids, new, checked),
+            "unchecked": call(model, ids, new, unchecked()),
         }
         times = rounds(loops | step, count=options.rounds, clock=clock)
     finally:
@@ -453,39 +331,10 @@ def part_c(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     }
 
 
-def machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = lines[0].split(":")[1].strip() if lines else name
-    return {
-        "cpu": name,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "adaptive": adaptive.__version__,
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="abcd")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--tokens", type=int, default=33)
-    parser.add_argument("--steps", type=int, default=64, help="tokens behind the first, part b")
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command_line(__doc__, out="decode.json", parts="abcd", rounds=11, tokens=33, steps=64)
     parser.add_argument("--families", default="GPTNeoX,GPT2,Phi3,Gemma2", help="part e")
     parser.add_argument("--compiled", action="store_true", help="part a")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build(options)
@@ -493,17 +342,10 @@ def main() -> None:
     print(json.dumps(machine()), f"{size / 1e6:.0f}M parameters, {model.dtype}")
     clock = Clock(options.device)
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
-    how = {key: str(value) for key, value in vars(options).items() if key != "out"}
     for letter, part in (("a", part_a), ("b", part_b), ("c", part_c), ("d", part_d), ("e", part_e)):
         if letter in options.parts:
             print(f"({letter})")
-            report[letter] = part(model, options, clock) | {
-                "machine": machine(),
-                "parameters": size,
-                "options": how,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+            report[letter] = part(model, options, clock) | stamp(options, model)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,27 +16,24 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import PATTERNS, Prescribed, build, machine
 from torch.profiler import ProfilerActivity, profile
+from workshop import PATTERNS, Prescribed, build, command_line, stamp
 
 from adaptive import generate
 from adaptive._tier import executor_for
 from adaptive.policies import Mode, NoScore, Policy, ProbeScore, Threshold
 
-OUT = Path(__file__).parent / "results" / "memory.json"
 #: Prompt and new tokens.
 LENGTHS = ((16, 64), (256, 64))
 MODES: tuple[Mode, ...] = ("exact", "propagate", "verify")
 
 
-def peak(work: Callable[[], Any]) -> int:
+def peak(work: Callable[[], Any], *, device: str = "cpu") -> int:
     """Most bytes that were allocated at once during a call, over what was before."""
-    if torch.cuda.is_available():
+    if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -79,7 +76,7 @@ def variants(model: Any, ids: torch.Tensor, new: int) -> dict[str, Callable[[], 
 def measured(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Peaks in MiB at every batch and length."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    packing = peak(lambda: executor_for(model))
+    packing = peak(lambda: executor_for(model), device=options.device)
     report: dict[str, Any] = {
         "weights_MiB": weights / 2**20,
         "packing_MiB": packing / 2**20,
@@ -88,7 +85,8 @@ def measured(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     for batch in (1, 8):
         for prompt, new in LENGTHS:
             ids = torch.randint(2, options.vocabulary, (batch, prompt), device=options.device)
-            found = {name: peak(work) for name, work in variants(model, ids, new).items()}
+            calls = variants(model, ids, new)
+            found = {name: peak(work, device=options.device) for name, work in calls.items()}
             base = found["static cache"]
             name = f"batch {batch}, {prompt} + {new}"
             report["cases"][name] = {
@@ -118,7 +116,7 @@ def long_prompt(options: argparse.Namespace) -> dict[str, Any]:
             def keeping(name: str = name, work: Callable[[], Any] = work) -> None:
                 texts[name] = work()
 
-            found[name] = peak(keeping) / 2**20
+            found[name] = peak(keeping, device=options.device) / 2**20
             print(options.long, name, round(found[name], 1), "MiB", flush=True)
     same = {name: torch.equal(text, texts["dynamic cache"]) for name, text in texts.items()}
     return {"prompt": options.long, "MiB": found, "same_text": same}
@@ -138,26 +136,14 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--long", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", action="store_true", help="print the kept figures, run nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = command_line(__doc__, out="memory.json", layers=8, width=256, long=0)
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.table:
         print(table(kept))
         return
     torch.set_num_threads(options.threads)
-    report: dict[str, Any] = measured(build(options), options) | {
-        "machine": machine(),
-        "options": {key: str(value) for key, value in vars(options).items() if key != "out"},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    report = measured(build(options), options) | stamp(options)
     if options.long:
         report["long"] = long_prompt(options)
     elif "long" in kept:

@@ -21,15 +21,13 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar, Self
 from unittest import mock
 
 import numpy as np
 import torch
-from bench_decode import Clock, _call, build, machine, ratio, rounds, shown
 from schedules import Passes, aligned, best_schedule, simulate
+from workshop import Clock, build, call, command_line, ratio, rounds, shown, stamp
 
 from adaptive import _generate
 from adaptive._costs import Costs, measure
@@ -37,7 +35,6 @@ from adaptive._stack import ExactStack, PropagateStack
 from adaptive._tier import executor_for
 from adaptive.policies import AbstractRule, Features, NoScore, Policy, ProbeScore, State, Threshold
 
-RESULTS = Path(__file__).parent / "results" / "rows.json"
 #: Share of tokens behind each of the four segments, by mean depth.
 DEPTHS = {0.25: (1.0, 0.0, 0.0, 0.0), 0.5: (0.4, 0.3, 0.2, 0.1), 0.75: (0.1, 0.2, 0.3, 0.4)}
 BURST = 8
@@ -110,11 +107,11 @@ def batch(model: Any, options: argparse.Namespace, clock: Clock, rows: int) -> d
             name = f"{mode}, {'bursty' if bursty else 'independent'}, {depth}"
             policy = Policy(ProbeScore(), rule, stages=(0, 1, 2), mode=mode)  # type: ignore[arg-type]
             plan[name] = (mode, drawn)
-            variants[name] = _call(model, ids, new, policy)
+            variants[name] = call(model, ids, new, policy)
             if depth == 0.5:
                 variants[f"{name}, shared"] = shared(variants[name])
-    variants["full"] = _call(model, ids, new, FULL)
-    variants["prompt"] = _call(model, ids, 1, FULL)
+    variants["full"] = call(model, ids, new, FULL)
+    variants["prompt"] = call(model, ids, 1, FULL)
     times = rounds(variants, count=options.rounds, clock=clock)
     costs = measure(executor_for(model), model.device)
     prompt = np.median(times["prompt"])
@@ -153,9 +150,8 @@ def batch(model: Any, options: argparse.Namespace, clock: Clock, rows: int) -> d
     return found
 
 
-def table() -> str:
+def table(report: dict[str, Any]) -> str:
     """Markdown table of the results."""
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
     lines = [
         "| batch | mode | rows | mean depth | realised | of the best schedule | best schedule "
         "| rows waiting for each other | per row |",
@@ -174,33 +170,19 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print the docs' table and stop")
-    parser.add_argument("--batches", default="8,32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser = command_line(__doc__, out="rows.json", batches="8,32", rounds=5, steps=32)
     options = parser.parse_args()
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {"batches": {}}
     if options.table:
-        print(table())
+        print(table(kept))
         return
     torch.set_num_threads(options.threads)
     model = build(options)
-    report: dict[str, Any] = (
-        json.loads(RESULTS.read_text()) if RESULTS.exists() else {"batches": {}}
-    )
-    report["machine"] = machine()
-    report["options"] = {key: str(value) for key, value in vars(options).items()}
-    report["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-    for rows in map(int, options.batches.split(",")):
+    for rows in options.batches.split(","):
         print(f"batch {rows}")
-        report["batches"][str(rows)] = batch(model, options, Clock(options.device), rows)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        found = batch(model, options, Clock(options.device), int(rows))
+        kept["batches"][rows] = found | stamp(options, model)
+    options.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,18 +32,16 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import Clock, Prescribed, build, machine, ratio, rounds, shown
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import (
     EarlyExitCandidateGenerator,
     PromptLookupCandidateGenerator,
 )
+from workshop import Clock, Prescribed, build, command_line, ratio, rounds, shown, stamp
 
 from adaptive import generate
 from adaptive._exits import require_exits
@@ -52,7 +50,6 @@ from adaptive._tier import executor_for
 from adaptive.examples import load_model, load_prompts
 from adaptive.policies import Policy, ProbeScore, Threshold
 
-OUT = Path(__file__).parent / "results" / "speculation.json"
 #: Drafts per round.
 LENGTHS = (4, 8, 16)
 #: Probability of agreement from which on a token is a draft in the row "while sure".
@@ -239,17 +236,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", action="store_true", help="print the kept figures, run nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = command_line(__doc__, out="speculation.json", rounds=9, tokens=32)
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.out.read_text())))
@@ -257,13 +244,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     planted = build(options)
     ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=options.device)
-    report: dict[str, Any] = {
-        "machine": machine(),
-        "parameters": sum(parameter.numel() for parameter in planted.parameters()),
-        "options": {key: str(value) for key, value in vars(options).items() if key != "out"},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": {},
-    }
+    report: dict[str, Any] = stamp(options, planted) | {"models": {}}
     for name, (model, prompt) in {"planted": (planted, ids), "shipped": shipped(options)}.items():
         report["models"][name] = {}
         for way, sampled in (("greedy", False), ("sampled", True)):

@@ -12,26 +12,23 @@ on a device each waits for all that was queued.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import PATTERNS, Prescribed, build, machine
 from torch.profiler import ProfilerActivity, profile
+from workshop import PATTERNS, Prescribed, build, command_line, stamp
 
 from adaptive import generate
 from adaptive._tier import executor_for
 from adaptive.policies import NoScore, Policy, ProbeScore, Threshold
 
-OUT = Path(__file__).parent / "results" / "profile_step.json"
 TOKENS = 32
 READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu", "numpy")
 #: Operators by what they do; views and shapes, which compute nothing, are "no arithmetic".
@@ -150,16 +147,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", action="store_true", help="print the kept figures, run nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = command_line(__doc__, out="profile_step.json", rows=1)
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.out.read_text())))
@@ -183,12 +171,7 @@ def main() -> None:
         "`model.generate`": lambda tokens: model.generate(ids, max_new_tokens=tokens, **common)
     }
     calls |= {name: under(policy) for name, policy in policies.items()}
-    report: dict[str, Any] = {
-        "machine": machine(),
-        "options": {key: str(value) for key, value in vars(options).items() if key != "out"},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steps": {},
-    }
+    report: dict[str, Any] = stamp(options) | {"steps": {}}
     for name, call in calls.items():
         found = report["steps"][name] = step(call)
         print(f"{name}: {found['operators']:.1f} operators, {found['host_reads']:.2f} host reads")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def decode_verified(job: Job) -> Record:
         step, state = walk(job, record, state)
         assert step.logits is not None
         tokens, _ = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
-        drafts.add(step, before)
+        drafts.add(replace(step, logits=None), before)  # what counts is read when confirmed
         record.ids[:, record.length] = tokens
         record.length += 1
         deep = job.stack.pending == 0

@@ -6,8 +6,8 @@
 
 Counted is every byte that torch's allocator hands out during a call (on a CPU by torch's profiler,
 temporaries inside kernels included; on a GPU by the allocator's own peak): the model's weights are
-not in it, they are there before. Packing the weights for the native tier, once per model, is
-measured apart. "With weights" is (weights + peak) over the same of the static cache.
+not in it, they are there before. Packing the weights for the native tier and timing it, once per
+model, are measured apart. "With weights" is (weights + peak) over the same of the static cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from workshop import PATTERNS, Prescribed, build, command_line, stamp
 
 from adaptive import generate
+from adaptive._costs import costs_of
 from adaptive._tier import executor_for
 from adaptive.policies import Mode, NoScore, Policy, ProbeScore, Threshold
 
@@ -77,9 +78,11 @@ def measured(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Peaks in MiB at every batch and length."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     packing = peak(lambda: executor_for(model), device=options.device)
+    measuring = peak(lambda: costs_of(model), device=options.device)
     report: dict[str, Any] = {
         "weights_MiB": weights / 2**20,
         "packing_MiB": packing / 2**20,
+        "measuring_MiB": measuring / 2**20,
         "cases": {},
     }
     for batch in (1, 8):

@@ -142,8 +142,8 @@ def test_the_module_runs_as_a_program(home: Path, policy: Path) -> None:
     bad = program("inspect", home / "nothing")
     assert bad.returncode == 2
     assert bad.stdout == ""
-    nothing = home / "nothing"
-    assert bad.stderr == f"error: no policy at {nothing}: `save_pretrained` of a policy writes one\n"
+    missing = f"no policy at {home / 'nothing'}: `save_pretrained` of a policy writes one"
+    assert bad.stderr == f"error: {missing}\n"
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +18,21 @@ class AbstractNoise(abc.ABC):
     A token is sampled as ``argmax(probabilities / noise)``, which is how torch draws from a
     categorical distribution. Reading the noise twice lets the full model's choice at a settled
     token be told apart from a mere second draw.
+
+    Where drafts are accepted by rejection sampling, a token has three uniform draws instead:
+    for the draft, for its acceptance and for what replaces it.
     """
 
     @abc.abstractmethod
     def at(self, index: int, like: Tensor) -> Tensor:
         """Noise for the token with this index among the generated ones, shaped as ``like``."""
+
+    @abc.abstractmethod
+    def uniforms(self, index: int, like: Tensor) -> Tensor:
+        """Draw from [0, 1), float64 ``[batch, 3]``, for the token with this index; read twice too.
+
+        ``like [batch, ...]`` gives rows and device. One index is asked for these or for :meth:`at`.
+        """
 
     def release(self, index: int) -> None:
         """Say that tokens before ``index`` will not be asked for again."""
@@ -49,12 +61,20 @@ class KeyedNoise(AbstractNoise):
 
     def at(self, index: int, like: Tensor) -> Tensor:
         """See :class:`AbstractNoise`."""
-        entries = torch.arange(like.shape[-1], device=like.device)[None, :]
-        row = _mix(self._units.to(like.device) + _mix_int(self._seed))
-        token = _mix(row + index)[:, None]
-        bits = _mix(token + entries) >> 11 & (1 << 53) - 1
+        bits = self._bits(index, torch.arange(like.shape[-1], device=like.device))
         uniform = (bits.to(torch.float64) + 0.5) * 2.0**-53
         return (-uniform.log()).to(like.dtype)
+
+    def uniforms(self, index: int, like: Tensor) -> Tensor:
+        """See :class:`AbstractNoise`: as if of three entries in front of the vocabulary."""
+        bits = self._bits(index, torch.arange(-3, 0, device=like.device))
+        return bits.to(torch.float64) * 2.0**-53
+
+    def _bits(self, index: int, entries: Tensor) -> Tensor:
+        """Return 53 random bits per row and entry, int64 ``[batch, n]``."""
+        row = _mix(self._units.to(entries.device) + _mix_int(self._seed))
+        token = _mix(row + index)[:, None]
+        return _mix(token + entries[None, :]) >> 11 & (1 << 53) - 1
 
 
 class StreamNoise(AbstractNoise):
@@ -71,10 +91,19 @@ class StreamNoise(AbstractNoise):
 
     def at(self, index: int, like: Tensor) -> Tensor:
         """See :class:`AbstractNoise`."""
+        return self._once(index, like.device, lambda: torch.empty_like(like).exponential_(1))
+
+    def uniforms(self, index: int, like: Tensor) -> Tensor:
+        """See :class:`AbstractNoise`."""
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
+        return self._once(index, like.device, lambda: torch.rand(like.shape[0], 3, **kind))
+
+    def _once(self, index: int, device: torch.device, draw: Callable[[], Tensor]) -> Tensor:
+        """Draw, the first time that this index is asked for."""
         if index not in self._drawn:
-            self._device = like.device
-            self._before[index] = _generator(like.device).get_state()
-            self._drawn[index] = torch.empty_like(like).exponential_(1)
+            self._device = device
+            self._before[index] = _generator(device).get_state()
+            self._drawn[index] = draw()
         return self._drawn[index]
 
     def release(self, index: int) -> None:
@@ -118,14 +147,19 @@ class Chooser:
         scores : Tensor, float32 [batch, vocabulary]
             Logits after the processors.
         """
-        scores = logits.float()
-        if self.processors:
-            # a processor may write in place; the caller's logits stay what they were
-            scores = self.processors(prefix, scores.clone())
+        scores = self.scores(prefix, logits)
         if self.noise is None:
             return scores.argmax(dim=-1), scores
         probabilities = torch.softmax(scores, dim=-1)
         return (probabilities / self.noise.at(index, probabilities)).argmax(dim=-1), scores
+
+    def scores(self, prefix: Tensor, logits: Tensor) -> Tensor:
+        """Logits after the processors, float32 ``[batch, vocabulary]``."""
+        scores = logits.float()
+        if self.processors:
+            # a processor may write in place; the caller's logits stay what they were
+            scores = self.processors(prefix, scores.clone())
+        return scores
 
     @property
     def plain(self) -> bool:

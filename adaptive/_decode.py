@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList
 from adaptive._choose import Chooser
 from adaptive._draft_length import DraftLength
 from adaptive._exits import Exits
+from adaptive._speculation import SpeculationMode
 from adaptive._stack import AbstractStack
 from adaptive.policies import Features, Policy, State, keyed_noise
 
@@ -45,6 +46,8 @@ class Job:
         Most slots an inbox may hold.
     draft_length : DraftLength, optional
         In ``verify`` mode, says how many drafts are confirmed together; at most ``max_pending``.
+    speculation : {"coupled", "rejection"}
+        In ``verify`` mode, how sampled drafts are drawn and accepted.
     labels : bool
         Settle at the end and compare every token with the full model's choice.
     label_later : bool
@@ -83,6 +86,7 @@ class Job:
     seed: int
     label_later: bool = False
     draft_length: DraftLength | None = None
+    speculation: SpeculationMode = "coupled"
     resumed: Tensor | None = None
     interrupt: Callable[[], Policy | None] = lambda: None
     seen: list[list[Tensor]] | None = None

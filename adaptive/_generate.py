@@ -41,6 +41,7 @@ from adaptive._settings import (
     check_stages,
     decoding_settings,
 )
+from adaptive._speculation import SpeculationMode
 from adaptive._stacking import inbox, needed_costs, stack_for
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
@@ -79,6 +80,7 @@ def generate(
     random: RandomMode = "generate",
     units: Tensor | None = None,
     seed: int = 0,
+    speculation: SpeculationMode = "coupled",
     resumed: Tensor | None = None,
     max_pending: int | None = None,
     tier: Tier | None = None,
@@ -118,6 +120,15 @@ def generate(
         Number of each row's unit for ``random="keyed"``; 0, 1, 2, ... if not given.
     seed : int
         Seed for ``random="keyed"``.
+    speculation : {"coupled", "rejection"}
+        How sampling in ``verify`` mode draws drafts and accepts them. ``"coupled"``: draft and
+        full model draw with the same noise, and a draft stays if they draw the same token. The
+        text is the very text of ``model.generate`` under the same seed, which is why it is the
+        default. ``"rejection"``: a draft ``x`` drawn from the exit's distribution ``q`` stays
+        with probability ``min(1, p(x) / q(x))``, else a token is drawn from ``max(p - q, 0)``
+        [1]_ [2]_. The text follows the full model's distribution ``p`` but is another draw than
+        that of ``model.generate``; more drafts stay, ``1 - d`` of them at total variation
+        distance ``d``, where same noise promises ``(1 - d) / (1 + d)`` [3]_.
     resumed : Tensor, int64 [batch], optional
         Goes on with begun texts: how many tokens at the end of each prompt are the run's own. The
         policy then decides about every new token, at the position it has in the whole text. For
@@ -153,11 +164,27 @@ def generate(
     torch.OutOfMemoryError
         If memory runs out. What was generated so far is in its ``sequences`` (int64 ``[batch,
         prompt + generated]``, on the CPU), and the message says what was asked for.
+
+    References
+    ----------
+    .. [1] Leviathan, Kalman and Matias, "Fast inference from transformers via speculative
+           decoding", ICML 2023, algorithm 1. https://arxiv.org/abs/2211.17192
+    .. [2] Chen, Borgeaud, Irving, Lespiau, Sifre and Jumper, "Accelerating large language model
+           decoding with speculative sampling", 2023, algorithm 2.
+           https://arxiv.org/abs/2302.01318
+    .. [3] Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant
+           speculative decoding", 2024. https://arxiv.org/abs/2408.07978
     """
     if not isinstance(policy, Policy):
         raise InvalidTypeError("policy", policy, "a Policy")
     if random not in get_args(RandomMode):
         raise InvalidArgumentError("random", random, "'generate' or 'keyed'")
+    if speculation not in get_args(SpeculationMode):
+        raise InvalidArgumentError("speculation", speculation, "'coupled' or 'rejection'")
+    if speculation == "rejection" and policy.mode != "verify":
+        raise InvalidArgumentError(
+            "speculation", speculation, f"'coupled': a policy in {policy.mode!r} mode has no drafts"
+        )
     _check_ids(input_ids, model_kwargs.get("attention_mask"))
     if monitor is not None and resumed is not None:
         raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
@@ -170,6 +197,7 @@ def generate(
         "random": random,
         "units": units,
         "seed": seed,
+        "speculation": speculation,
         "resumed": resumed,
         "max_pending": max_pending,
         "tier": tier,
@@ -276,6 +304,10 @@ def _prepared(
     padding, positions = _inputs(model, input_ids, generation_config, model_kwargs)
     check_stages(policy, exits)
     check_processors(logits_processor)
+    if own["speculation"] == "rejection" and not generation_config.do_sample:
+        raise InvalidArgumentError(
+            "speculation", "rejection", "'coupled' with greedy decoding: it draws nothing"
+        )
     new_tokens = generation_config.max_length - input_ids.shape[1]
     settings = decoding_settings(model, generation_config, logits_processor, new_tokens=new_tokens)
     mismatches = certificate_mismatches(
@@ -445,6 +477,7 @@ def _job(
         draft_length=None
         if costs is None or policy.mode != "verify"
         else DraftLength(costs, layers=executor.layers, rows=rows, most=most),
+        speculation=own["speculation"],
         labels=details,
         keep_scores=details and bool(config.output_scores),
         keep_logits=details and bool(config.output_logits),

@@ -26,7 +26,9 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
         Score at the last stage asked; NaN where none was asked.
     agreement : Tensor, int8 [batch, generated]
         1 where the full model chooses the same token after the same prefix, 0 where not, -1 where
-        that is not known (``propagate`` mode) or after the end.
+        that is not known (``propagate`` mode) or after the end. With ``speculation="rejection"``
+        every token is a draw from the full model's distribution: 1 where the draft was kept or
+        the full depth drew at once, 0 where a rejected draft was replaced.
     mean_depth : float
         Mean number of layers per generated token, the prompt's own full pass not counted.
     certified : bool

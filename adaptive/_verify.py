@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptive._decode import Job, Record, Step, first_token, walk
+from adaptive._speculation import AbstractSpeculation, Draft, speculation_for
 from adaptive._stack import ExactStack
 from adaptive.policies import State
 
@@ -16,42 +17,48 @@ class _Drafts:
     """Unconfirmed tokens: what was decided for each, and the policy's state before it."""
 
     def __init__(self) -> None:
+        self.drawn: list[Draft] = []
         self.steps: list[Step] = []
         self.states: list[State] = []
         #: After confirmation: steps that gave a token, and whether the last of them was replaced.
         self.kept = 0
         self.wrong = False
 
-    def add(self, step: Step, before: State) -> None:
+    def add(self, draft: Draft, step: Step, before: State) -> None:
+        self.drawn.append(draft)
         self.steps.append(step)
         self.states.append(before)
 
 
 def decode_verified(job: Job) -> Record:
-    """Generate in ``verify`` mode: the tokens are the full model's.
+    """Generate in ``verify`` mode: the tokens are the full model's, or drawn as it would draw.
 
     Drafts are written behind the confirmed text and read by nobody but the layers. They are
     confirmed when a token needs the full depth anyway, when there are as many as ``max_pending``
     or measured costs and acceptance make worth while, when a draft would end a row, or when the
-    text has its full length. Rows accept together: the first disagreement of any row cuts all
-    rows back to it, which costs work and never changes tokens.
+    text has its full length. Rows accept together: the first wrong draft of any row cuts all
+    rows back to it, which costs work and never changes tokens: what becomes final at a place is a
+    function of the row's text before it and of the noise of this place, which is kept for another
+    draft there.
     """
     record = Record(job)
     job.stack.keep_finals = True
     going = first_token(job, record)
     state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
+    speculation = speculation_for(job.speculation, job.chooser)
     drafts, most = _Drafts(), _most(job)
     while going:
         before = state
         step, state = walk(job, record, state)
         assert step.logits is not None
-        tokens, _ = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
-        drafts.add(replace(step, logits=None), before)  # what counts is read when confirmed
-        record.ids[:, record.length] = tokens
+        prefix = record.ids[:, : record.length]
+        draft = speculation.draft(prefix, step.logits, record.generated)
+        drafts.add(draft, replace(step, logits=None), before)  # what counts is read when confirmed
+        record.ids[:, record.length] = draft.tokens
         record.length += 1
         deep = job.stack.pending == 0
-        if deep or len(drafts.steps) >= most or _must_confirm(job, record, tokens):
-            going, state = _confirm(job, record, drafts, state)
+        if deep or len(drafts.steps) >= most or _must_confirm(job, record, draft.tokens):
+            going, state = _confirm(job, record, speculation, drafts, state)
             if job.draft_length is not None:
                 _learn(job, record, drafts, deep=deep)
             drafts, most = _Drafts(), _most(job)
@@ -89,8 +96,10 @@ def _must_confirm(job: Job, record: Record, tokens: Tensor) -> bool:
     return bool((torch.isin(tokens, job.ends) & record.unfinished).any())
 
 
-def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[bool, State]:
-    """Settle, compare the drafts with the full model's choices, keep the agreeing prefix.
+def _confirm(
+    job: Job, record: Record, speculation: AbstractSpeculation, drafts: _Drafts, state: State
+) -> tuple[bool, State]:
+    """Settle, hold the drafts against the full model, keep them up to the first wrong one.
 
     Returns whether any row goes on, and the policy's state behind the last kept token.
     """
@@ -98,24 +107,24 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
     assert isinstance(stack, ExactStack)
     stack.settle()
     finals = stack.take_finals()
-    count = len(drafts.steps)
-    first = record.length - count
-    drafted = record.ids[:, first : record.length].clone()
+    count, full = len(drafts.steps), len(job.exits.layers)
+    record.length -= count
     logits = job.stack.executor.readout(finals)
-    record.length = first
-    known = _agreeing(job, record, drafted, logits) if job.chooser.plain else None
-    for offset in range(count):
-        chosen, scores = job.chooser(
-            record.ids[:, : record.length], logits[:, offset], record.generated
+    known = _agreeing(record, drafts, logits) if job.chooser.plain else None
+    for offset, (draft, step) in enumerate(zip(drafts.drawn, drafts.steps, strict=True)):
+        prefix, at = record.ids[:, : record.length], record.generated
+        verdict = speculation.judge(
+            prefix, logits[:, offset], at, draft=draft, full=step.stages == full
         )
-        agree = chosen == drafted[:, offset]
-        drafts.wrong = not known[offset] if known else not bool((agree | ~record.active).all())
-        step = drafts.steps[offset]
-        stages = torch.where(agree, step.stages, len(job.exits.layers))
-        kept = Step(stages, step.exit_scores, logits[:, offset], scores)
-        at = record.generated
-        going = record.add(job, chosen, kept)
-        record.agreement[:, at] = torch.where(record.stages[:, at] >= 0, 1, -1).to(torch.int8)
+        kept = verdict.kept
+        drafts.wrong = not known[offset] if known else not bool((kept | ~record.active).all())
+        tokens = draft.tokens
+        if drafts.wrong:
+            tokens = torch.where(kept, tokens, verdict.instead())
+        stages = torch.where(kept, step.stages, full)
+        scored = Step(stages, step.exit_scores, logits[:, offset], verdict.scores)
+        going = record.add(job, tokens, scored)
+        record.agreement[:, at] = torch.where(record.stages[:, at] >= 0, verdict.agreement, -1)
         if job.chooser.noise is not None:
             job.chooser.noise.release(record.generated)
         drafts.kept = offset + 1
@@ -128,11 +137,12 @@ def _confirm(job: Job, record: Record, drafts: _Drafts, state: State) -> tuple[b
     return True, state
 
 
-def _agreeing(job: Job, record: Record, drafted: Tensor, logits: Tensor) -> list[bool]:
+def _agreeing(record: Record, drafts: _Drafts, logits: Tensor) -> list[bool]:
     """Per draft, whether every row that counts would have chosen it; one read by the host.
 
     A row counts as long as no draft can have ended it, which is up to the first wrong one.
     """
+    drafted = torch.stack([draft.tokens for draft in drafts.drawn], dim=1)
     agree = logits.argmax(dim=-1) == drafted
     found: list[bool] = (agree | ~record.active[:, None]).all(dim=0).tolist()
     return found

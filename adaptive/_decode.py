@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from adaptive._choose import Chooser
+from adaptive._device_stack import DeviceStack
 from adaptive._draft_length import DraftLength
 from adaptive._exits import Exits
 from adaptive._speculation import SpeculationMode
-from adaptive._stack import AbstractStack
+from adaptive._stack import AbstractStack, HostStack
 from adaptive.policies import Features, Policy, State, keyed_noise
 
 _LABEL_CHUNK = 32
@@ -156,6 +157,7 @@ def decode(job: Job) -> Record:
     """Generate in ``exact`` or ``propagate`` mode: every token is final when it is chosen."""
     record = Record(job)
     kept = job.labels or job.label_later
+    on_device = isinstance(job.stack, DeviceStack)
     job.stack.keep_finals = kept
     if job.resumed is None:
         going = first_token(job, record)
@@ -168,7 +170,7 @@ def decode(job: Job) -> Record:
         if other is not None:
             job = replace(job, policy=other)
             state = other.init(job.prompt.shape[0], device=job.prompt.device)
-        step, state = walk(job, record, state)
+        step, state = (_stepped if on_device else walk)(job, record, state)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
         if not kept and job.seen is None and job.chooser.noise is not None:
@@ -195,6 +197,8 @@ class _Way:
         self.scores = torch.full((batch,), float("nan"), device=device)
         self.states = hidden[:, 0]
         self.logits: Tensor | None = None
+        #: Whether some row stopped without logits, so that all are read off their states.
+        self.unread = False
 
     def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> list[int]:
         """Take an exit's decision; return the rows that stop there. One read by the host."""
@@ -205,6 +209,7 @@ class _Way:
                 return []
             self.stages = torch.full_like(self.stages, exit)
             self.states, self.logits = self.exits.translate(exit, here), features.logits
+            self.unread = features.logits is None
             stopped, self.rows = self.rows, []
             return stopped
         stop = stop & self.running
@@ -218,13 +223,14 @@ class _Way:
         flags = stop.tolist()
         stopped = [row for row in self.rows if flags[row]]
         if stopped:
+            self.unread |= features.logits is None
             self.rows = [row for row in self.rows if not flags[row]]
         return stopped
 
     def finish(self, hidden: Tensor) -> None:
         """Read the rows that never stopped off the last layer's output."""
         self.states = torch.where(self.running[:, None], hidden[:, 0], self.states)
-        self.logits = None
+        self.unread = True
 
 
 def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
@@ -235,6 +241,7 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
     """
     slot = record.length - 1
     stack, exits, policy = job.stack, job.exits, job.policy
+    assert isinstance(stack, HostStack)
     readout = stack.executor.readout
     hidden = stack.first(record.ids[:, slot], slot, record.rows)
     batch = hidden.shape[0]
@@ -274,8 +281,21 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
         hidden = stack.deepen(segment, hidden, slot, way.rows)
     else:
         way.finish(hidden)
-    logits = readout.among(way.states, record.rows) if way.logits is None else way.logits
+    logits = readout.among(way.states, record.rows) if way.unread else way.logits
     return Step(way.stages, way.scores, logits), policy.advance(state)
+
+
+def _stepped(job: Job, record: Record, state: State) -> tuple[Step, State]:
+    """Take the newest token of every row as deep as the policy wants, without looking.
+
+    The stack keeps the policy's state, and writes the outcome to the same place every time.
+    """
+    stack = job.stack
+    assert isinstance(stack, DeviceStack)
+    stack.step(record.ids, record.active)
+    kept = job.keep_scores or job.keep_logits
+    logits = stack.logits.clone() if kept else stack.logits
+    return Step(stack.stages, stack.scores, logits), state
 
 
 def first_token(job: Job, record: Record) -> bool:

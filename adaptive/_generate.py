@@ -30,6 +30,7 @@ from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
 from adaptive._families import family_of
+from adaptive._graphs import Capture
 from adaptive._memory import handing_back, noting
 from adaptive._monitor import Monitor
 from adaptive._monitor_records import Watched
@@ -42,7 +43,7 @@ from adaptive._settings import (
     decoding_settings,
 )
 from adaptive._speculation import SpeculationMode
-from adaptive._stacking import inbox, needed_costs, stack_for
+from adaptive._stacking import device_stack_for, inbox, needed_costs, stack_for
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
 from adaptive.calibration import (
@@ -84,6 +85,7 @@ def generate(
     resumed: Tensor | None = None,
     max_pending: int | None = None,
     tier: Tier | None = None,
+    capture: Capture | None = None,
     **model_kwargs: Any,
 ) -> AdaptiveOutput | Tensor:
     """Generate text under a policy.
@@ -140,6 +142,12 @@ def generate(
         how many drafts are accepted.
     tier : {"native", "generic"}, optional
         Force how layers are run; ``None`` chooses.
+    capture : {"step", "segments", "none"}, optional
+        Run a token's way in fixed shapes, with decisions that stay on the device: as one CUDA graph
+        (``"step"``, for torch from 2.12 on), as one CUDA graph per segment with one flag read at
+        each boundary (``"segments"``), or the same operators uncaptured, on any device
+        (``"none"``). Native tier, ``exact`` and ``propagate`` mode. ``None`` lets the host decide
+        segment by segment.
     **model_kwargs
         Model inputs and generation settings, as for ``model.generate``. A ``tokenizer`` given to
         the verb is compared with the certificate's. (``stop_strings`` needs
@@ -190,6 +198,8 @@ def generate(
         raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
     if max_pending is not None and max_pending < 1:
         raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
+    if capture is not None:
+        _check_capture(capture, monitor, resumed)
     own = {
         "policy": policy,
         "monitor": monitor,
@@ -201,6 +211,7 @@ def generate(
         "resumed": resumed,
         "max_pending": max_pending,
         "tier": tier,
+        "capture": capture,
     }
     family_of(model)
     if model_kwargs.get("assistant_model") is not None:
@@ -254,6 +265,16 @@ def _check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
             f"shape {tuple(mask.shape)}",
             f"of the shape of `input_ids`, {tuple(input_ids.shape)}",
         )
+
+
+def _check_capture(capture: Capture, monitor: Monitor | None, resumed: Tensor | None) -> None:
+    if capture not in get_args(Capture):
+        raise InvalidArgumentError(
+            "capture", capture, f"None or one of {', '.join(map(repr, get_args(Capture)))}"
+        )
+    for name, value in (("monitor", monitor), ("resumed", resumed)):
+        if value is not None:
+            raise UnsupportedError(f"`{name}` is not supported together with `capture`")
 
 
 def _with_stop_strings(
@@ -459,10 +480,18 @@ def _job(
     )
     put = noting(own["emitted"], put)
     details = bool(config.return_dict_in_generate)
+    keys = _unit_keys(own, input_ids).to(input_ids.device)
+    capture: Capture | None = own["capture"]
+    if capture is None:
+        stack = stack_for(executor, exits, policy.mode, costs, rows=rows, most=most)
+    else:
+        stack = device_stack_for(
+            executor, exits, policy, keys=keys, seed=own["seed"], most=most, capture=capture
+        )
     return Job(
         policy=policy,
         exits=exits,
-        stack=stack_for(executor, exits, policy.mode, costs, rows=rows, most=most),
+        stack=stack,
         chooser=Chooser(processors, _noise(config, own, input_ids)),
         criteria=criteria,
         prompt=input_ids,
@@ -481,7 +510,7 @@ def _job(
         labels=details,
         keep_scores=details and bool(config.output_scores),
         keep_logits=details and bool(config.output_logits),
-        keys=_unit_keys(own, input_ids).to(input_ids.device),
+        keys=keys,
         seed=own["seed"],
         resumed=_resumed(own, config, processors, input_ids),
     )

@@ -55,6 +55,32 @@ class _Apart(NamedTuple):
     stop: int
 
 
+class Window(NamedTuple):
+    """Successive slots that only the device knows, for runs of one shape wherever they are.
+
+    Parameters
+    ----------
+    slots : Tensor, int64 [n]
+        Ascending; those below 0 hold nothing.
+    stop : int
+        Keys below are read; more than any of ``slots``.
+    tables, reach : dict
+        See :class:`_Span`.
+    """
+
+    slots: Tensor
+    stop: int
+    tables: dict[str | None, tuple[Tensor, Tensor]]
+    reach: dict[int | None, _Reach]
+
+
+class _Placed(NamedTuple):
+    """Slots of a window that are written, int64 ``[n]``, and where the keys that are read end."""
+
+    into: Tensor
+    stop: int
+
+
 @dataclass(frozen=True)
 class _Span:
     """Slots that one run covers, and what its layers share.
@@ -62,7 +88,8 @@ class _Span:
     Keys and values are written for ``first .. stop - 1``, queries asked for ``start .. stop - 1``;
     ``waiting``, normalised without gain, are the tokens in between that have stopped. Tables and
     reach are found under a layer's ``rope`` and ``window``. Single tokens of some rows run as one
-    row; ``apart`` then says where each of them belongs, and the three numbers count tokens.
+    row, and a window's slots are tensors: ``place`` then says where each token belongs, and the
+    three numbers count tokens.
     """
 
     first: int
@@ -71,7 +98,7 @@ class _Span:
     tables: dict[str | None, tuple[Tensor, Tensor]]
     reach: dict[int | None, _Reach]
     waiting: Tensor | None
-    apart: _Apart | None = None
+    place: _Apart | _Placed | None = None
 
 
 class NativeExecutor(TokenExecutor):
@@ -138,7 +165,9 @@ class NativeExecutor(TokenExecutor):
         """See :class:`TokenExecutor`."""
         check_length(self._longest, max_length)
         like = self._kv
-        shape = (self.layers, batch_size, self.kv_heads, max_length, self.head_width)
+        # one slot more, which nobody sees: windows write there what is not theirs to write
+        self.void = max_length
+        shape = (self.layers, batch_size, self.kv_heads, max_length + 1, self.head_width)
         self._keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._length = [0] * self.layers
@@ -237,6 +266,73 @@ class NativeExecutor(TokenExecutor):
             hidden = self._run_layer(index, hidden, span)
         self._reached(low, high, apart.stop)
         return hidden[0]
+
+    def window(self, slots: Tensor, *, queries: int, stop: int) -> Window:
+        """Prepare runs over ``slots``, int64 ``[n]``, of which the last ``queries`` look around.
+
+        ``stop`` is above every slot; keys from there on are not read.
+        """
+        real = slots.clamp(min=0)
+        tables = {
+            rope: (cos.index_select(3, real), sin.index_select(3, real))
+            for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
+        }
+        asking = real[None, -queries:]
+        padding = None if self._padding is None else self._padding[:, :stop]
+        lines = asking if padding is None else asking.expand(len(padding), -1)
+        groups = self.heads // self.kv_heads
+        reach = {}
+        for width in self._windows:
+            mask = visible(lines, padding, low=0, stop=stop, window=width)
+            if 1 < queries <= _FOLD_LIMIT:  # once for all layers
+                mask = mask.repeat(1, 1, groups, 1)
+            reach[width] = _Reach(0, mask, False)
+        return Window(slots, stop, tables, reach)
+
+    def embed_window(self, ids: Tensor, window: Window) -> Tensor:
+        """Input of layer 0, ``[batch, n, width]``, for tokens ``ids [batch, n]`` of a window."""
+        return self._embed(ids, self._positions.index_select(1, window.slots))
+
+    def run_window(
+        self,
+        low: int,
+        high: int,
+        hidden: Tensor,
+        window: Window,
+        into: Tensor,
+        *,
+        frozen: Tensor | None = None,
+        waiting: Tensor | None = None,
+    ) -> Tensor:
+        """Like :meth:`run` over a window; keys and values are written at ``into``, int64 ``[n]``.
+
+        With ``waiting``, ``hidden`` are the tokens of the window after these.
+        """
+        late, bare = 0, None
+        if waiting is not None:
+            late, bare = waiting.shape[1], self._layers[low].norm.bare(waiting)
+        count = late + hidden.shape[1]
+        place = _Placed(into, window.stop)
+        span = _Span(0, late, count, window.tables, window.reach, bare, place)
+        kept = None if frozen is None else frozen[:, None, None]
+        for index in range(low, high):
+            output = self._run_layer(index, hidden, span)
+            hidden = output if kept is None else torch.where(kept, hidden, output)
+        return hidden
+
+    def fill_window(
+        self, low: int, high: int, hidden: Tensor, window: Window, into: Tensor
+    ) -> None:
+        """Like :meth:`fill` over a window; keys and values are written at ``into``."""
+        ropes = [self._ropes[index] for index in self._ropes_of(low, high)]
+        cos, sin = (torch.stack([window.tables[rope][kind] for rope in ropes]) for kind in (0, 1))
+        keys, values = self._filled(low, high, hidden, cos, sin)
+        self._keys[low:high].index_copy_(3, into, keys)
+        self._values[low:high].index_copy_(3, into, values)
+
+    def reached(self, low: int, high: int, stop: int) -> None:
+        """Say that runs over windows have written these layers up to ``stop``."""
+        self._length[low:high] = [stop] * (high - low)
 
     def fill(self, low: int, high: int, hidden: Tensor, start: int) -> None:
         """See :class:`TokenExecutor`: all skipped layers in one product over stacked weights.
@@ -429,11 +525,15 @@ class NativeExecutor(TokenExecutor):
     def _write(self, index: int, keys: Tensor, values: Tensor, span: _Span) -> None:
         """Keep keys as rotated, ``[batch, groups, heads, n, width]``, and values as projected."""
         keys, values = self._merged(keys), values.flatten(2, 3)
-        if span.apart is None:
+        place = span.place
+        if place is None:
             self._keys[index, :, :, span.first : span.stop] = keys
             self._values[index, :, :, span.first : span.stop] = values.transpose(1, 2)
+        elif isinstance(place, _Placed):
+            self._keys[index].index_copy_(2, place.into, keys)
+            self._values[index].index_copy_(2, place.into, values.transpose(1, 2))
         else:
-            rows, slots = span.apart.written.rows, span.apart.written.slots
+            rows, slots = place.written.rows, place.written.slots
             self._keys[index, rows, :, slots] = keys[0].transpose(0, 1)
             self._values[index, rows, :, slots] = values[0]
 
@@ -453,11 +553,13 @@ class NativeExecutor(TokenExecutor):
         """Attention of ``query [batch, heads, n, head width]`` over the slots in reach."""
         attention = self._layers[index].attention
         reach = span.reach[attention.window]
-        if span.apart is None:
-            keys = self._keys[index, :, :, reach.low : span.stop]
-            values = self._values[index, :, :, reach.low : span.stop]
+        place = span.place
+        if not isinstance(place, _Apart):
+            stop = span.stop if place is None else place.stop
+            keys = self._keys[index, :, :, reach.low : stop]
+            values = self._values[index, :, :, reach.low : stop]
             return self._attended(query, keys, values, reach, attention).flatten(2)
-        layout, stop = span.apart.layout, span.apart.stop
+        layout, stop = place.layout, place.stop
         keys = layout.of(self._keys[index, :, :, reach.low : stop])
         values = layout.of(self._values[index, :, :, reach.low : stop])
         laid = layout.lay(query[0].transpose(0, 1)).transpose(1, 2)
@@ -484,7 +586,7 @@ class NativeExecutor(TokenExecutor):
         else:
             # queries that share a key head become rows of one product: keys are read once
             folded = query.reshape(batch, self.kv_heads, groups * count, width)
-            if mask is not None and count > 1 and groups > 1:
+            if mask is not None and 1 < count == mask.shape[-2] and groups > 1:
                 mask = mask.repeat(1, 1, groups, 1)
             if attention.softcap is None:
                 attended = F.scaled_dot_product_attention(

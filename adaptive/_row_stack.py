@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive._executor import TokenExecutor
-from adaptive._stack import AbstractStack
+from adaptive._stack import HostStack
 from adaptive._tokens import Tokens
 
 
-class RowStack(AbstractStack):
+class RowStack(HostStack):
     """Only rows that need a segment pass it; rows that are finished pass none.
 
     Row ``r`` has the keys and values of ``filled[s, r]`` slots in segment ``s``, never more than
@@ -42,11 +42,11 @@ class RowStack(AbstractStack):
 
     @property
     def pending(self) -> int:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         return int((self.filled[0] - self.filled[-1]).max())
 
     def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         self.filled[0, rows] = slot + 1
         if len(rows) == self.batch:
             hidden = self.executor.embed(tokens[:, None], slot)
@@ -59,12 +59,12 @@ class RowStack(AbstractStack):
     def leave(
         self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
     ) -> None:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         here = torch.tensor(stopped, device=hidden.device)
         self._kept(hidden)[here, slot % self.most] = hidden[here, 0]
 
     def complete(self, ids: Tensor) -> None:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         ended = np.flatnonzero(self.filled[0] < ids.shape[1] - 1)
         if not ended.size:
             return
@@ -128,7 +128,7 @@ class ExactRowStack(RowStack):
         self._start = 0
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
         newest = self._newest(rows, slot)
         behind = self._along(segment, np.asarray(rows), slot)
@@ -150,7 +150,7 @@ class ExactRowStack(RowStack):
         return _with(hidden, newest, done)
 
     def settle(self) -> None:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         for segment in range(1, self.segments):
             owing = np.flatnonzero(self.filled[segment] < self.filled[segment - 1])
             if owing.size:
@@ -162,7 +162,7 @@ class ExactRowStack(RowStack):
                 self.filled[segment, owing] = stops
 
     def take_finals(self) -> Tensor:
-        """See :class:`AbstractStack`; zero behind the end of a row that ended before the others."""
+        """See :class:`HostStack`; zero behind the end of a row that ended before the others."""
         first = self._finals[0][1]
         stop = int(self.filled[-1].max())
         kept = first.new_zeros(self.batch, stop - self._start, first.shape[-1])
@@ -213,7 +213,7 @@ class PropagateRowStack(RowStack):
     """
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
         newest = self._newest(rows, slot)
         of = np.asarray(rows)
@@ -229,7 +229,7 @@ class PropagateRowStack(RowStack):
         return _with(hidden, newest, done)
 
     def settle(self) -> None:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         for segment in range(1, self.segments):
             owing = np.flatnonzero(self.filled[segment] < self.filled[0])
             if owing.size:
@@ -239,7 +239,7 @@ class PropagateRowStack(RowStack):
                 self.filled[segment, owing] = self.filled[0, owing]
 
     def take_finals(self) -> None:
-        """See :class:`AbstractStack`: there are none."""
+        """See :class:`HostStack`: there are none."""
 
 
 def _with(hidden: Tensor, tokens: Tokens, states: Tensor) -> Tensor:

@@ -50,24 +50,6 @@ class AbstractStack(abc.ABC):
     def pending(self) -> int:
         """Most slots of a row that the last segment has not seen."""
 
-    @abc.abstractmethod
-    def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """Embed the ``rows``' newest tokens, run segment 0; ``[batch, 1, width]``."""
-
-    @abc.abstractmethod
-    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """Run ``segment`` for the newest token of ``rows``, which have not stopped.
-
-        What the segment must know before it is settled. The rest of ``hidden [batch, 1, width]``
-        is handed back as it is.
-        """
-
-    @abc.abstractmethod
-    def leave(
-        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
-    ) -> None:
-        """Leave the newest token of rows that stopped in front of ``segment``; ``rows`` go on."""
-
     def complete(self, ids: Tensor) -> None:
         """Take in the last token of rows of ``ids [batch, length]`` that ended before the others.
 
@@ -91,7 +73,29 @@ class AbstractStack(abc.ABC):
         """Note that every segment has the first ``length`` slots of every row."""
 
 
-class SharedStack(AbstractStack):
+class HostStack(AbstractStack):
+    """The host knows which rows go on, and calls one segment after the other."""
+
+    @abc.abstractmethod
+    def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """Embed the ``rows``' newest tokens, run segment 0; ``[batch, 1, width]``."""
+
+    @abc.abstractmethod
+    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+        """Run ``segment`` for the newest token of ``rows``, which have not stopped.
+
+        What the segment must know before it is settled. The rest of ``hidden [batch, 1, width]``
+        is handed back as it is.
+        """
+
+    @abc.abstractmethod
+    def leave(
+        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+    ) -> None:
+        """Leave the newest token of rows that stopped in front of ``segment``; ``rows`` go on."""
+
+
+class SharedStack(HostStack):
     """All rows share one filled length and one inbox per segment.
 
     ``filled[s]`` counts the slots whose keys and values segment ``s`` has; it never increases
@@ -106,7 +110,7 @@ class SharedStack(AbstractStack):
         self.inbox: list[list[Tensor]] = [[] for _ in range(self.segments)]
 
     def first(self, tokens: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """See :class:`AbstractStack`: all rows."""
+        """See :class:`HostStack`: all rows."""
         hidden = self.executor.embed(tokens[:, None], slot)
         hidden = self.executor.run(0, self.bounds[1], hidden, slot)
         self.filled[0] = slot + 1
@@ -114,7 +118,7 @@ class SharedStack(AbstractStack):
 
     @property
     def pending(self) -> int:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         return self.filled[0] - self.filled[-1]
 
     def _begun(self, length: int) -> None:
@@ -145,13 +149,13 @@ class ExactStack(SharedStack):
         self.finals = []
 
     def take_finals(self) -> Tensor:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         kept = sorted(self.finals, key=lambda item: item[0])
         self.finals = []
         return torch.cat([hidden for _, hidden in kept], dim=1)
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """See :class:`AbstractStack`: one causal pass over the inbox and the newest token."""
+        """See :class:`HostStack`: one causal pass over the inbox and the newest token."""
         self.inbox[segment].append(hidden)
         done = self._pass(segment)
         if done.shape[1] > 1:
@@ -164,12 +168,12 @@ class ExactStack(SharedStack):
     def leave(
         self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
     ) -> None:
-        """See :class:`AbstractStack`: once nobody goes on."""
+        """See :class:`HostStack`: once nobody goes on."""
         if not rows:
             self.inbox[segment].append(hidden)
 
     def settle(self) -> None:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         for segment in range(1, self.segments):
             if self.inbox[segment]:
                 start = self.filled[segment]
@@ -198,10 +202,10 @@ class PropagateStack(SharedStack):
     """
 
     def take_finals(self) -> None:
-        """See :class:`AbstractStack`: there are none."""
+        """See :class:`HostStack`: there are none."""
 
     def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
-        """See :class:`AbstractStack`: rows that stopped keep their state."""
+        """See :class:`HostStack`: rows that stopped keep their state."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
         frozen = None
         if len(rows) < hidden.shape[0]:
@@ -215,13 +219,13 @@ class PropagateStack(SharedStack):
     def leave(
         self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
     ) -> None:
-        """See :class:`AbstractStack`: once nobody goes on, in front of every deeper segment."""
+        """See :class:`HostStack`: once nobody goes on, in front of every deeper segment."""
         if not rows:
             for deeper in range(segment, self.segments):
                 self.inbox[deeper].append(hidden)
 
     def settle(self) -> None:
-        """See :class:`AbstractStack`."""
+        """See :class:`HostStack`."""
         for segment in range(1, self.segments):
             self._fill(segment)
 

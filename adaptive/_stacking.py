@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptive._costs import Costs, costs_of, pays_apart
+from adaptive._device_stack import DeviceStack, ExactDeviceStack, PropagateDeviceStack
 from adaptive._executor import AbstractExecutor, TokenExecutor
 from adaptive._exits import Exits
+from adaptive._graphs import Capture, runner_for
+from adaptive._native import NativeExecutor
 from adaptive._row_stack import ExactRowStack, PropagateRowStack
 from adaptive._stack import AbstractStack, ExactStack, PropagateStack
 from adaptive._tier import Tier
-from adaptive.policies import Mode
+from adaptive.calibration import UnsupportedError
+from adaptive.policies import Mode, Policy
 
 #: Most slots an inbox holds by default where none is computed through the layers they wait for.
 _MAX_PENDING = 32
@@ -60,3 +65,47 @@ def stack_for(
     if mode == "propagate":
         return PropagateRowStack(executor, exits.layers, batch=rows, most=most)
     return ExactRowStack(executor, exits.layers, batch=rows, most=most, efficient=most)
+
+
+def device_stack_for(
+    executor: AbstractExecutor,
+    exits: Exits,
+    policy: Policy,
+    *,
+    keys: Tensor,
+    seed: int,
+    most: int,
+    capture: Capture,
+) -> DeviceStack:
+    """Stack the layers so that a step has fixed shapes; one row per key.
+
+    Raises
+    ------
+    UnsupportedError
+        On the generic tier, in ``verify`` mode, without a GPU where one is needed.
+    """
+    reason = None
+    if not isinstance(executor, NativeExecutor):
+        reason = "the generic tier, whose layers decide on shapes of their own"
+    elif policy.mode == "verify":
+        reason = "mode 'verify', which takes drafts back"
+    elif _needs_cuda(capture, keys):
+        reason = f"a model on {keys.device.type!r}: CUDA graphs are for CUDA devices"
+    if reason is not None:
+        raise UnsupportedError(f"`capture={capture!r}` is not possible with {reason}")
+    kind = PropagateDeviceStack if policy.mode == "propagate" else ExactDeviceStack
+    assert isinstance(executor, NativeExecutor)
+    return kind(
+        executor,
+        exits,
+        policy,
+        batch=len(keys),
+        most=most,
+        keys=keys,
+        seed=seed,
+        runner=runner_for(capture),
+    )
+
+
+def _needs_cuda(capture: Capture, keys: Tensor) -> bool:
+    return capture != "none" and keys.device.type != "cuda"

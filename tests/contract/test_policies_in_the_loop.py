@@ -12,11 +12,12 @@ import helpers
 import numpy as np
 import policy_table as table
 import pytest
+import tape
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaptive import InvalidArgumentError, attach_exits
+from adaptive import InvalidArgumentError, attach_exits, generate
 from adaptive import policies as p
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
@@ -160,6 +161,48 @@ def test_rows_that_decide_together_do_so_in_the_loop(row: Any) -> None:
 def test_a_score_is_the_same_in_the_loop(score: AbstractScore, batch_size: int) -> None:
     policy = _between(Policy(score, p.Threshold(), stages=STAGES))
     assert 0.0 < _same(policy, batch_size=batch_size) < 1.0
+
+
+def test_rows_that_stop_without_logits_are_read_where_they_stop() -> None:
+    """Logits of the first exit are not those of the second, among other rows as alone."""
+    score = p.DynamicVocabulary((40, 30, 20, 10))
+    policy = Policy(score, p.FixedStage(1), stages=STAGES)
+    together, alone = (
+        run_units(_model(), _units(), policy, deployment=_deployed(size), progress=False)
+        for size in (5, 1)
+    )
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+def _captured(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare a captured and replayed step with the host's, rows of several lengths together."""
+    rows = _units().ids
+    ids, mask = helpers.prompts(tuple(map(len, rows)))
+    for mode in ("exact", "propagate"):
+        given = {"policy": replace(policy, mode=mode), "max_new_tokens": NEW, "max_pending": 3}
+        given |= {"attention_mask": mask, "return_dict_in_generate": True, "seed": SEED}
+        theirs = generate(_model(), ids, **given)
+        with monkeypatch.context() as patch:
+            tape.install(patch)
+            ours = generate(_model(), ids, capture="step", **given)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.exit_stages, theirs.exit_stages)
+
+
+@pytest.mark.parametrize("row", table.RULES, ids=[row.name for row in table.RULES])
+def test_a_rule_is_the_same_in_a_cuda_graph(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = row.rule.scope == "batch"
+    rule = row.rule.with_knob(0.45) if shared else row.rule
+    policy = Policy(p.ProbeScore(), rule, stages=STAGES)
+    _captured(policy if shared else _between(policy), monkeypatch)
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: type(score).__name__)
+def test_a_score_is_the_same_in_a_cuda_graph(
+    score: AbstractScore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _captured(_between(Policy(score, p.Threshold(), stages=STAGES)), monkeypatch)
 
 
 @pytest.mark.parametrize(

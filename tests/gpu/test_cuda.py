@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import mixed, never, prompts, tiny
@@ -29,6 +31,30 @@ def test_tokens_are_those_of_the_cpu_in_float32(mode: str, tier: str) -> None:
     attach_exits(model, exits)
     there = generate(model, ids.cuda(), attention_mask=mask.cuda(), **settings)
     assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("capture", ["none", "segments", "step"])
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "qwen2-window"])
+def test_a_captured_step_is_the_hosts(name: str, mode: str, capture: Any) -> None:
+    model = tiny(name)
+    policy = mixed(model, mode)
+    exits = require_exits(model)
+    model.to("cuda")
+    attach_exits(model, exits)
+    ids, mask = (tensor.cuda() for tensor in prompts((9, 4, 7)))
+    settings = {
+        "attention_mask": mask,
+        "policy": policy,
+        "max_new_tokens": 3 * NEW,
+        "max_pending": 5,
+        "return_dict_in_generate": True,
+    }
+    theirs = generate(model, ids, **settings)
+    ours = generate(model, ids, capture=capture, **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.exit_stages, theirs.exit_stages)
+    assert torch.equal(ours.agreement, theirs.agreement)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,382 @@
+"""Segments of a layer stack on tensors of fixed shapes: the host reads nothing inside a token."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adaptive._exits import Exits
+from adaptive._native import NativeExecutor
+from adaptive._stack import AbstractStack
+from adaptive.policies import Policy, State, keyed_noise
+
+if TYPE_CHECKING:
+    from adaptive._graphs import AbstractRunner
+
+#: Keys are read up to a multiple of this many slots, and of a quarter of the text's power of two.
+_BUCKET = 256
+
+
+class DeviceStack(AbstractStack):
+    """All rows share filled lengths, as in a ``SharedStack``; how long they are, the device knows.
+
+    A token's way is cut into pieces that a CUDA graph can hold: ``begin``, ``deeper(1)``, ...,
+    ``finish``, ``flush``. They take and return no tensors, read and write such as stay in their
+    place, and never ask for a value. Who runs them looks at two flags: ``going`` says whether any
+    row goes on to the next segment, ``overdue`` whether no more slots may wait.
+
+    What waits is part of a window of fixed size, the newest slot and ``most`` before it. A pass
+    takes the whole window along, since a few tokens more cost next to nothing where reading the
+    weights is what takes the time; what is not pending is written to a slot that nobody reads.
+
+    Parameters
+    ----------
+    executor : NativeExecutor
+        Already begun.
+    exits : Exits
+    policy : Policy
+        Asked at its stages; layers in between are one segment.
+    batch : int
+        Rows.
+    most : int
+        Slots that may be pending.
+    keys : Tensor, int64 [batch]
+        Key of each row's unit, for rules that read noise.
+    seed : int
+        Seed of that noise.
+    runner : AbstractRunner
+        How pieces are run.
+    """
+
+    #: Queries of a window, counted from its end; ``None`` for all.
+    _queries: int | None = None
+
+    def __init__(
+        self,
+        executor: NativeExecutor,
+        exits: Exits,
+        policy: Policy,
+        *,
+        batch: int,
+        most: int,
+        keys: Tensor,
+        seed: int,
+        runner: AbstractRunner,
+    ) -> None:
+        super().__init__(executor, tuple(exits.layers[stage] for stage in policy.stages))
+        self.executor: NativeExecutor = executor
+        self.batch, self.most = batch, most
+        self._exits, self._policy = exits, policy
+        self._keys, self._seed = keys, seed
+        self._runner = runner
+        #: Whether a row that stops has been read already, wherever it stops.
+        self._reads_logits = all(
+            {"logits", "answer"} & policy.needs_at(stage) for stage in policy.stages
+        )
+        self._at = -1
+
+    def prefill(self, ids: Tensor, *, chunk: int | None = None) -> Tensor:
+        """See :class:`AbstractStack`."""
+        last = super().prefill(ids, chunk=chunk)
+        self._allocate(last)
+        return last
+
+    def _begun(self, length: int) -> None:
+        self._origin, self._at = length, length - 1
+
+    def _allocate(self, like: Tensor) -> None:
+        """Lay down every tensor that lives from one piece to another; ``like [batch, width]``."""
+        batch, width = like.shape
+        device = like.device
+        self.going = torch.zeros((), dtype=torch.bool, device=device)
+        self.overdue = torch.zeros((), dtype=torch.bool, device=device)
+        self.slot = torch.full((1,), self._at, device=device)
+        self.filled = torch.full((self.segments,), self._origin, device=device)
+        self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        self.running = torch.ones(batch, dtype=torch.bool, device=device)
+        self.position = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.stages = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(batch, device=device)
+        self.hidden = like.new_zeros(batch, 1, width)
+        self.states, self.previous = torch.zeros_like(like), torch.zeros_like(like)
+        self.ring = like.new_zeros(self._rings, batch, self.most + 1, width)
+        self.logits = torch.zeros_like(self.executor.readout(like))
+        self.state = self._policy.init(batch, device=device)
+        self._behind = torch.arange(-self.most, 1, device=device)
+        self._room = self.executor.void - self._origin
+        self._finals: Tensor | None = None
+        if self.keep_finals and self._settles:
+            self._finals = like.new_zeros(batch, self._room + 1, width)
+
+    @property
+    @abc.abstractmethod
+    def _rings(self) -> int:
+        """Number of states that are kept of a token that waits."""
+
+    @property
+    @abc.abstractmethod
+    def _settles(self) -> bool:
+        """Whether waiting tokens get to the end."""
+
+    @property
+    def pending(self) -> int:
+        """See :class:`AbstractStack`: none that the loop has to see to."""
+        return 0
+
+    def step(self, ids: Tensor, active: Tensor) -> None:
+        """Take the newest token of every row as deep as the policy wants.
+
+        ``stages``, ``scores`` and ``logits`` then say where it stopped and what it is read as.
+
+        Parameters
+        ----------
+        ids : Tensor, int64 [batch, max_length]
+            The text, at the same place in every call.
+        active : Tensor, bool [batch]
+            Rows whose token counts.
+        """
+        self.ids = ids
+        self.active.copy_(active)
+        self._at += 1
+        self._runner.run(self)
+
+    @property
+    def stop(self) -> int:
+        """Keys below this slot are read; stays the same for many tokens."""
+        length = self._at + 1
+        grain = max(_BUCKET, 2 ** (length.bit_length() - 3))
+        return min(-(-length // grain) * grain, self.executor.void)
+
+    def begin(self) -> None:
+        """Embed the newest token, run segment 0, ask for the first time."""
+        self.slot.add_(1)
+        near = self.executor.window(self.slot, queries=1, stop=self.stop)
+        hidden = self.executor.embed_window(self.ids.index_select(1, self.slot), near)
+        hidden = self.executor.run_window(0, self.bounds[1], hidden, near, self.slot)
+        self.hidden.copy_(hidden)
+        self.states.copy_(hidden[:, 0])
+        self.running.copy_(self.active)
+        self.position.copy_((self.slot + (1 - self._origin)).expand(self.batch))
+        self.stages.fill_(len(self._exits.layers))
+        self.scores.fill_(float("nan"))
+        self._ask(0)
+
+    def deeper(self, segment: int) -> None:
+        """Run ``segment`` for the rows that go on, and ask again behind it."""
+        if segment == 1:
+            self._look()
+        self._deepen(segment)
+        if segment < self.segments - 1:
+            self._ask(segment)
+        elif self._reads_logits:
+            self._read(self.running, self.executor.readout(self.hidden[:, 0]))
+
+    def finish(self) -> None:
+        """Read every row where it stopped; the policy's state is that behind the token."""
+        self.states.copy_(torch.where(self.running[:, None], self.hidden[:, 0], self.states))
+        if not self._reads_logits:
+            self.logits.copy_(self.executor.readout(self.states))
+        self._remember(self._policy.advance(self.state))
+        self._leave()
+        self.overdue.copy_((self.slot + 1 - self.filled[-1:] >= self.most)[0])
+
+    def flush(self) -> None:
+        """Pay what every segment is owed."""
+        self._look()
+        for segment in range(1, self.segments):
+            self._pay(segment)
+
+    def settle(self) -> None:
+        """See :class:`AbstractStack`."""
+        if self._at >= self._origin:
+            self.flush()
+        self.executor.reached(0, self.executor.layers, self._at + 1)
+
+    def rehearse(self) -> None:
+        """Run every piece once, and put everything back: kernels are loaded, nothing has changed.
+
+        Keys and values that are written stay; they are written again before they are read.
+        """
+        kept = [
+            *(self.going, self.overdue, self.slot, self.filled, self.running, self.position),
+            *(self.stages, self.scores, self.hidden, self.states, self.previous, self.ring),
+            *(self.logits, *self.state.values()),
+        ]
+        before = [value.clone() for value in kept]
+        self.begin()
+        for segment in range(1, self.segments):
+            self.deeper(segment)
+        self.finish()
+        self.flush()
+        for value, old in zip(kept, before, strict=True):
+            value.copy_(old)
+
+    def _ask(self, number: int) -> None:
+        """Ask the policy behind segment ``number``."""
+        policy, exit, here = self._policy, self._policy.stages[number], self.hidden[:, 0]
+        features = self._exits.features(
+            policy.needs_at(exit),
+            exit,
+            here,
+            previous=self.previous if number else None,
+            position=self.position,
+            readout=self.executor.readout,
+        )
+        noise = None
+        if "noise" in policy.needs:
+            noise = keyed_noise(self._keys, self.position, seed=self._seed)
+        features = replace(features, noise=noise, running=self.running)
+        stop, score, state = policy.update(features, self.state)
+        self._remember(state)
+        stop = stop & self.running
+        self.scores.copy_(torch.where(self.running, score.float(), self.scores))
+        self.stages.masked_fill_(stop, exit)
+        translated = self._exits.translate(exit, here)
+        self.states.copy_(torch.where(stop[:, None], translated, self.states))
+        if self._reads_logits and features.logits is not None:
+            self._read(stop, features.logits)
+        self.running.logical_and_(~stop)
+        self.going.copy_(self.running.any())
+        self.previous.copy_(here)
+        self._asked(number)
+
+    def _read(self, rows: Tensor, logits: Tensor) -> None:
+        self.logits.copy_(torch.where(rows[:, None], logits, self.logits))
+
+    def _remember(self, state: State) -> None:
+        """Write a policy's state where it is read from."""
+        own = {id(value) for value in self.state.values()}
+        new = {key: value for key, value in state.items() if value is not self.state[key]}
+        # one entry may have become another's old value
+        new = {key: value.clone() if id(value) in own else value for key, value in new.items()}
+        for key, value in new.items():
+            self.state[key].copy_(value)
+
+    def _look(self) -> None:
+        """Prepare the window that ends at the newest slot."""
+        self._slots = self.slot + self._behind
+        self._order = self._slots % (self.most + 1)
+        queries = self._queries or self.most + 1
+        self._window = self.executor.window(self._slots, queries=queries, stop=self.stop)
+
+    def _owed(self, segment: int) -> tuple[Tensor, Tensor]:
+        """Which slots of the window the segment has not seen, bool ``[n]``; it now has."""
+        pending = self._slots >= self.filled[segment]
+        self.filled[segment : segment + 1].copy_(self.slot + 1)
+        return pending, torch.where(pending, self._slots, self.executor.void)
+
+    def _newest(self) -> Tensor:
+        """Where the newest slot's states are kept, int64 ``[1]``."""
+        return self.slot % (self.most + 1)
+
+    @abc.abstractmethod
+    def _asked(self, number: int) -> None:
+        """Keep what is needed of a token that may stop behind segment ``number``."""
+
+    @abc.abstractmethod
+    def _deepen(self, segment: int) -> None:
+        """Run a segment for the newest token, and what the segment must know before."""
+
+    @abc.abstractmethod
+    def _leave(self) -> None:
+        """Keep what is needed of a token that is finished."""
+
+    @abc.abstractmethod
+    def _pay(self, segment: int) -> None:
+        """Give a segment everything it is owed."""
+
+
+class ExactDeviceStack(DeviceStack):
+    """``exact`` mode: the window passes every segment that any token needs, layer for layer.
+
+    The ring keeps, for every slot of the window, its state in front of every segment it got to.
+    """
+
+    @property
+    def _rings(self) -> int:
+        return self.segments - 1
+
+    @property
+    def _settles(self) -> bool:
+        return True
+
+    def take_finals(self) -> Tensor:
+        """See :class:`AbstractStack`."""
+        assert self._finals is not None
+        return self._finals[:, : self._at + 1 - self._origin]
+
+    def _asked(self, number: int) -> None:
+        self.ring[number].index_copy_(1, self._newest(), self.hidden)
+
+    def _deepen(self, segment: int) -> None:
+        self.hidden.copy_(self._pass(segment)[:, -1:])
+
+    def _leave(self) -> None:
+        return
+
+    def _pay(self, segment: int) -> None:
+        self._pass(segment)
+
+    def _pass(self, segment: int) -> Tensor:
+        """Run a segment over the window, ``[batch, n, width]``."""
+        pending, into = self._owed(segment)
+        given = self.ring[segment - 1].index_select(1, self._order)
+        low, high = self.bounds[segment], self.bounds[segment + 1]
+        done = self.executor.run_window(low, high, given, self._window, into)
+        if segment < self.segments - 1:
+            kept = self.ring[segment].index_select(1, self._order)
+            ahead = torch.where(pending[None, :, None], done, kept)
+            self.ring[segment].index_copy_(1, self._order, ahead)
+        elif self._finals is not None:
+            at = torch.where(pending, self._slots - self._origin, self._room)
+            self._finals.index_copy_(1, at, done)
+        return done
+
+
+class PropagateDeviceStack(DeviceStack):
+    """``propagate`` mode: waiting tokens join the key and value products of the newest token.
+
+    The ring keeps the state that every slot of the window ended with.
+    """
+
+    _queries = 1
+
+    @property
+    def _rings(self) -> int:
+        return 1
+
+    @property
+    def _settles(self) -> bool:
+        return False
+
+    def take_finals(self) -> None:
+        """See :class:`AbstractStack`: there are none."""
+
+    def _asked(self, number: int) -> None:
+        return
+
+    def _deepen(self, segment: int) -> None:
+        _, into = self._owed(segment)
+        done = self.executor.run_window(
+            self.bounds[segment],
+            self.bounds[segment + 1],
+            self.hidden,
+            self._window,
+            into,
+            frozen=~self.running if self.batch > 1 else None,
+            waiting=self.ring[0].index_select(1, self._order[:-1]),
+        )
+        self.hidden.copy_(done)
+
+    def _leave(self) -> None:
+        self.ring[0].index_copy_(1, self._newest(), self.hidden)
+
+    def _pay(self, segment: int) -> None:
+        _, into = self._owed(segment)
+        states = self.ring[0].index_select(1, self._order)
+        low, high = self.bounds[segment], self.bounds[segment + 1]
+        self.executor.fill_window(low, high, states, self._window, into)

@@ -1,0 +1,185 @@
+"""A step in fixed shapes is the host's step; and a CUDA graph could hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import tape
+import torch
+from helpers import NATIVE
+from torch import Tensor
+
+from adaptive import UnsupportedError, _device_stack, generate
+from adaptive import policies as p
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies import Features, Policy, State
+
+LENGTHS = (11, 3, 7, 1, 10)
+ON_DEVICE = ("segments", "step")
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> type[tape.TapeGraph]:
+    """CUDA graphs as they would be on a CPU."""
+    return tape.install(monkeypatch)
+
+
+def _given(helpers: Any, name: str, mode: str, lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    model = helpers.shared(name)
+    ids, mask = helpers.prompts(lengths)
+    given = {
+        "attention_mask": mask,
+        "policy": helpers.mixed(model, mode),
+        "max_new_tokens": 18,
+        "max_pending": 5,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
+    return model, ids, given
+
+
+def _same(ours: Any, theirs: Any) -> None:
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.exit_stages, theirs.exit_stages)
+    assert torch.equal(ours.agreement, theirs.agreement)
+    torch.testing.assert_close(
+        ours.exit_scores, theirs.exit_scores, atol=1e-4, rtol=1e-3, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_step_in_fixed_shapes_is_the_hosts(name: str, mode: str, helpers: Any) -> None:
+    model, ids, given = _given(helpers, name, mode, LENGTHS)
+    ours = generate(model, ids, capture="none", **given)
+    theirs = generate(model, ids, **given)
+    _same(ours, theirs)
+    assert len(ours.exit_stages.unique()) >= 2
+    for layer in range(helpers.LAYERS):
+        for kind in ("keys", "values"):
+            mine = getattr(ours.past_key_values.layers[layer], kind)
+            other = getattr(theirs.past_key_values.layers[layer], kind)
+            assert mine.shape == other.shape
+            for row, length in enumerate(LENGTHS):
+                first = ids.shape[1] - length
+                torch.testing.assert_close(
+                    mine[row, :, first:], other[row, :, first:], atol=1e-4, rtol=1e-4
+                )
+
+
+REPLAYED = [("llama", "segments")]
+REPLAYED += [(name, "step") for name in ("llama", "gemma2", "gemma3", "gpt-neox", "qwen2-window")]
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+@pytest.mark.parametrize(("name", "capture"), REPLAYED)
+def test_a_replayed_step_is_the_hosts(
+    name: str, mode: str, capture: Any, helpers: Any, taped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are read in buckets of 8 slots: graphs of one bucket after the other are used."""
+    monkeypatch.setattr(_device_stack, "_BUCKET", 8)
+    for lengths in (LENGTHS, (6,)):
+        model, ids, given = _given(helpers, name, mode, lengths)
+        _same(generate(model, ids, capture=capture, **given), generate(model, ids, **given))
+    if capture == "step":
+        assert taped.replays == 2 * 17  # the prompt decides the first token
+
+
+@pytest.mark.parametrize("capture", ON_DEVICE)
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+def test_rows_that_end_sampling_and_kept_scores(
+    mode: str, capture: Any, helpers: Any, taped: Any
+) -> None:
+    model, ids, given = _given(helpers, "llama", mode, LENGTHS)
+    text = generate(model, ids, **given).sequences
+    given |= {"eos_token_id": text[:3, ids.shape[1] + 9].tolist()}
+    given |= {"output_scores": True, "output_logits": True}
+    sampled = given | {"do_sample": True, "top_k": 5, "random": "keyed", "seed": 3}
+    for settings in (given, sampled):
+        ours = generate(model, ids, capture=capture, **settings)
+        theirs = generate(model, ids, **settings)
+        _same(ours, theirs)
+        assert bool((ours.exit_stages < 0).any())
+        for name in ("scores", "logits"):
+            mine, other = getattr(ours, name), getattr(theirs, name)
+            assert len(mine) == len(other)
+            for step, (own, their) in enumerate(zip(mine, other, strict=True)):
+                live = ours.exit_stages[:, step] >= 0
+                torch.testing.assert_close(own[live], their[live], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+@pytest.mark.parametrize("most", [1, 2, 7, 80])
+def test_the_window_may_be_of_any_size(most: int, mode: str, helpers: Any, taped: Any) -> None:
+    """Longer than the prompt, than the text, or of one slot and the newest."""
+    model, ids, given = _given(helpers, "llama", mode, (4, 2))
+    given["max_pending"] = most
+    _same(generate(model, ids, capture="step", **given), generate(model, ids, **given))
+
+
+def test_fewer_layers_run_when_everybody_stops(
+    helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaptive._native import NativeExecutor
+
+    ran: list[tuple[int, int]] = []
+    run = NativeExecutor.run_window
+
+    def counted(self: Any, low: int, high: int, *args: Any, **kw: Any) -> Tensor:
+        ran.append((low, high))
+        return run(self, low, high, *args, **kw)
+
+    monkeypatch.setattr(NativeExecutor, "run_window", counted)
+    model, ids, given = _given(helpers, "llama", "propagate", (6,))
+    given |= {"policy": Policy(p.NoScore(), p.FixedStage(0), stages=(0, 2), mode="propagate")}
+    given |= {"max_pending": 80}
+    generate(model, ids, capture="none", **given)
+    assert ran == [(0, 1)] * 17
+
+
+@dataclass(frozen=True)
+class Asking(p.AbstractRule):
+    """Looks at a score on the host, as a CUDA graph cannot."""
+
+    knob_name = "threshold"
+    threshold: float = 0.5
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        return {}
+
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        if float(score[0]) > self.threshold:
+            return torch.ones_like(score, dtype=torch.bool), state
+        return torch.zeros_like(score, dtype=torch.bool), state
+
+    def with_knob(self, value: float) -> Asking:
+        return replace(self, threshold=value)
+
+    def knobs(self, trace: Any, *, size: int = 64) -> tuple[float, ...]:
+        return (self.threshold,)
+
+
+@pytest.mark.parametrize("capture", ON_DEVICE)
+def test_a_rule_that_asks_the_host_is_refused(capture: Any, helpers: Any, taped: Any) -> None:
+    model, ids, given = _given(helpers, "llama", "exact", (6,))
+    given["policy"] = replace(given["policy"], rule=Asking())
+    generate(model, ids, **given)
+    with pytest.raises(UnsupportedError, match=r"cannot be captured .* not permitted"):
+        generate(model, ids, capture=capture, **given)
+
+
+def test_what_cannot_be_captured_is_said(helpers: Any) -> None:
+    model, ids, given = _given(helpers, "llama", "exact", (6,))
+    with pytest.raises(UnsupportedError, match="a model on 'cpu'"):
+        generate(model, ids, capture="step", **given)
+    with pytest.raises(UnsupportedError, match="the generic tier"):
+        generate(model, ids, capture="none", tier="generic", **given)
+    with pytest.raises(InvalidArgumentError, match="`capture`"):
+        generate(model, ids, capture="all", **given)
+    with pytest.raises(UnsupportedError, match="`resumed` is not supported"):
+        generate(model, ids, capture="none", resumed=torch.ones(1), **given)
+    given["policy"] = replace(given["policy"], mode="verify")
+    with pytest.raises(UnsupportedError, match="takes drafts back"):
+        generate(model, ids, capture="none", **given)

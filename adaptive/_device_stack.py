@@ -24,14 +24,17 @@ _BUCKET = 256
 class DeviceStack(AbstractStack):
     """All rows share filled lengths, as in a ``SharedStack``; how long they are, the device knows.
 
-    A token's way is cut into pieces that a CUDA graph can hold: ``begin``, ``deeper(1)``, ...,
-    ``finish``, ``flush``. They take and return no tensors, read and write such as stay in their
-    place, and never ask for a value. Who runs them looks at two flags: ``going`` says whether any
-    row goes on to the next segment, ``overdue`` whether no more slots may wait.
+    A token's way is cut into pieces that a CUDA graph can hold: ``begin``; for every deeper segment
+    ``carry``, in one of two shapes, and ``ask``; ``finish``; ``flush``. They take and return no
+    tensors, read and write such as stay in their place, and never ask for a value. Who runs them
+    looks at flags: ``going`` says whether any row goes on to the next segment, ``alone`` and
+    ``crowded`` in which shape it does, ``overdue`` whether no more slots may wait. ``way`` says
+    the first three in one number: 0, 1 or 2.
 
-    What waits is part of a window of fixed size, the newest slot and ``most`` before it. A pass
-    takes the whole window along, since a few tokens more cost next to nothing where reading the
-    weights is what takes the time; what is not pending is written to a slot that nobody reads.
+    If nothing waits in front of a segment, the newest token passes it alone. Else a window of fixed
+    size does, the newest slot and ``most`` before it: a few tokens more cost next to nothing where
+    reading the weights is what takes the time. What is not pending is written to a slot that
+    nobody reads.
 
     Parameters
     ----------
@@ -93,7 +96,8 @@ class DeviceStack(AbstractStack):
         batch, width = like.shape
         device = like.device
         self.going = torch.zeros((), dtype=torch.bool, device=device)
-        self.overdue = torch.zeros((), dtype=torch.bool, device=device)
+        self.alone, self.crowded, self.overdue = (torch.zeros_like(self.going) for _ in range(3))
+        self.way = torch.zeros((), dtype=torch.int64, device=device)
         self.slot = torch.full((1,), self._at, device=device)
         self.filled = torch.full((self.segments,), self._origin, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
@@ -154,75 +158,51 @@ class DeviceStack(AbstractStack):
     def begin(self) -> None:
         """Embed the newest token, run segment 0, ask for the first time."""
         self.slot.add_(1)
-        near = self.executor.window(self.slot, queries=1, stop=self.stop)
-        hidden = self.executor.embed_window(self.ids.index_select(1, self.slot), near)
-        hidden = self.executor.run_window(0, self.bounds[1], hidden, near, self.slot)
+        self._near = self.executor.window(self.slot, queries=1, stop=self.stop)
+        hidden = self.executor.embed_window(self.ids.index_select(1, self.slot), self._near)
+        hidden = self.executor.run_window(0, self.bounds[1], hidden, self._near, self.slot)
         self.hidden.copy_(hidden)
         self.states.copy_(hidden[:, 0])
         self.running.copy_(self.active)
         self.position.copy_((self.slot + (1 - self._origin)).expand(self.batch))
         self.stages.fill_(len(self._exits.layers))
         self.scores.fill_(float("nan"))
-        self._ask(0)
+        self.ask(0)
 
-    def deeper(self, segment: int) -> None:
-        """Run ``segment`` for the rows that go on, and ask again behind it."""
-        if segment == 1:
-            self._look()
-        self._deepen(segment)
-        if segment < self.segments - 1:
-            self._ask(segment)
-        elif self._reads_logits:
-            self._read(self.running, self.executor.readout(self.hidden[:, 0]))
+    def look(self) -> None:
+        """Prepare the window that ends at the newest slot."""
+        self._slots = self.slot + self._behind
+        self._order = self._slots % (self.most + 1)
+        queries = self._queries or self.most + 1
+        self._window = self.executor.window(self._slots, queries=queries, stop=self.stop)
 
-    def finish(self) -> None:
-        """Read every row where it stopped; the policy's state is that behind the token."""
-        self.states.copy_(torch.where(self.running[:, None], self.hidden[:, 0], self.states))
-        if not self._reads_logits:
-            self.logits.copy_(self.executor.readout(self.states))
-        self._remember(self._policy.advance(self.state))
-        self._leave()
-        self.overdue.copy_((self.slot + 1 - self.filled[-1:] >= self.most)[0])
+    def carry(self, segment: int, *, alone: bool) -> None:
+        """Run ``segment`` for the rows that go on."""
+        if alone:
+            self._carry_alone(segment)
+        else:
+            self._carry_window(segment)
 
-    def flush(self) -> None:
-        """Pay what every segment is owed."""
-        self._look()
-        for segment in range(1, self.segments):
-            self._pay(segment)
+    def _carry_alone(self, segment: int) -> None:
+        low, high = self.bounds[segment], self.bounds[segment + 1]
+        frozen = self._frozen()
+        self.hidden.copy_(
+            self.executor.run_window(low, high, self.hidden, self._near, self.slot, frozen=frozen)
+        )
+        self.filled[segment : segment + 1].copy_(self.slot + 1)
 
-    def settle(self) -> None:
-        """See :class:`AbstractStack`."""
-        if self._at >= self._origin:
-            self.flush()
-        self.executor.reached(0, self.executor.layers, self._at + 1)
-
-    def rehearse(self) -> None:
-        """Run every piece once, and put everything back: kernels are loaded, nothing has changed.
-
-        Keys and values that are written stay; they are written again before they are read.
-        """
-        kept = [
-            *(self.going, self.overdue, self.slot, self.filled, self.running, self.position),
-            *(self.stages, self.scores, self.hidden, self.states, self.previous, self.ring),
-            *(self.logits, *self.state.values()),
-        ]
-        before = [value.clone() for value in kept]
-        self.begin()
-        for segment in range(1, self.segments):
-            self.deeper(segment)
-        self.finish()
-        self.flush()
-        for value, old in zip(kept, before, strict=True):
-            value.copy_(old)
-
-    def _ask(self, number: int) -> None:
-        """Ask the policy behind segment ``number``."""
-        policy, exit, here = self._policy, self._policy.stages[number], self.hidden[:, 0]
+    def ask(self, segment: int) -> None:
+        """Ask the policy behind a segment; behind the last one, read the rows that got there."""
+        if segment == self.segments - 1:
+            if self._reads_logits:
+                self._read(self.running, self.executor.readout(self.hidden[:, 0]))
+            return
+        policy, exit, here = self._policy, self._policy.stages[segment], self.hidden[:, 0]
         features = self._exits.features(
             policy.needs_at(exit),
             exit,
             here,
-            previous=self.previous if number else None,
+            previous=self.previous if segment else None,
             position=self.position,
             readout=self.executor.readout,
         )
@@ -240,9 +220,57 @@ class DeviceStack(AbstractStack):
         if self._reads_logits and features.logits is not None:
             self._read(stop, features.logits)
         self.running.logical_and_(~stop)
-        self.going.copy_(self.running.any())
         self.previous.copy_(here)
-        self._asked(number)
+        self._asked(segment)
+        self.going.copy_(self.running.any())
+        waiting = self.slot[0] > self.filled[segment + 1]
+        self.crowded.copy_(self.going & waiting)
+        self.alone.copy_(self.going & ~waiting)
+        self.way.copy_(self.going.to(torch.int64) + self.crowded)
+
+    def finish(self) -> None:
+        """Read every row where it stopped; the policy's state is that behind the token."""
+        self.states.copy_(torch.where(self.running[:, None], self.hidden[:, 0], self.states))
+        if not self._reads_logits:
+            self.logits.copy_(self.executor.readout(self.states))
+        self._remember(self._policy.advance(self.state))
+        self._leave()
+        self.overdue.copy_((self.slot + 1 - self.filled[-1:] >= self.most)[0])
+
+    def flush(self) -> None:
+        """Pay what every segment is owed."""
+        self.look()
+        for segment in range(1, self.segments):
+            self._pay(segment)
+
+    def settle(self) -> None:
+        """See :class:`AbstractStack`."""
+        if self._at >= self._origin:
+            self.flush()
+        self.executor.reached(0, self.executor.layers, self._at + 1)
+
+    def rehearse(self) -> None:
+        """Run every piece once, and put everything back: kernels are loaded, nothing has changed.
+
+        Keys and values that are written stay; they are written again before they are read.
+        """
+        kept = [
+            *(self.going, self.alone, self.crowded, self.way, self.overdue, self.slot),
+            *(self.filled, self.running, self.position),
+            *(self.stages, self.scores, self.hidden, self.states, self.previous, self.ring),
+            *(self.logits, *self.state.values()),
+        ]
+        before = [value.clone() for value in kept]
+        self.begin()
+        self.look()
+        for segment in range(1, self.segments):
+            self.carry(segment, alone=True)
+            self.carry(segment, alone=False)
+            self.ask(segment)
+        self.finish()
+        self.flush()
+        for value, old in zip(kept, before, strict=True):
+            value.copy_(old)
 
     def _read(self, rows: Tensor, logits: Tensor) -> None:
         self.logits.copy_(torch.where(rows[:, None], logits, self.logits))
@@ -256,13 +284,6 @@ class DeviceStack(AbstractStack):
         for key, value in new.items():
             self.state[key].copy_(value)
 
-    def _look(self) -> None:
-        """Prepare the window that ends at the newest slot."""
-        self._slots = self.slot + self._behind
-        self._order = self._slots % (self.most + 1)
-        queries = self._queries or self.most + 1
-        self._window = self.executor.window(self._slots, queries=queries, stop=self.stop)
-
     def _owed(self, segment: int) -> tuple[Tensor, Tensor]:
         """Which slots of the window the segment has not seen, bool ``[n]``; it now has."""
         pending = self._slots >= self.filled[segment]
@@ -274,11 +295,15 @@ class DeviceStack(AbstractStack):
         return self.slot % (self.most + 1)
 
     @abc.abstractmethod
-    def _asked(self, number: int) -> None:
-        """Keep what is needed of a token that may stop behind segment ``number``."""
+    def _frozen(self) -> Tensor | None:
+        """Rows that keep their state when others go deeper, bool ``[batch]``."""
 
     @abc.abstractmethod
-    def _deepen(self, segment: int) -> None:
+    def _asked(self, segment: int) -> None:
+        """Keep what is needed of a token that may stop behind a segment."""
+
+    @abc.abstractmethod
+    def _carry_window(self, segment: int) -> None:
         """Run a segment for the newest token, and what the segment must know before."""
 
     @abc.abstractmethod
@@ -309,10 +334,18 @@ class ExactDeviceStack(DeviceStack):
         assert self._finals is not None
         return self._finals[:, : self._at + 1 - self._origin]
 
-    def _asked(self, number: int) -> None:
-        self.ring[number].index_copy_(1, self._newest(), self.hidden)
+    def _frozen(self) -> None:
+        """None: rows that stopped are settled along with the others."""
 
-    def _deepen(self, segment: int) -> None:
+    def _asked(self, segment: int) -> None:
+        self.ring[segment].index_copy_(1, self._newest(), self.hidden)
+
+    def _carry_alone(self, segment: int) -> None:
+        super()._carry_alone(segment)
+        if segment == self.segments - 1 and self._finals is not None:
+            self._finals.index_copy_(1, self.slot - self._origin, self.hidden)
+
+    def _carry_window(self, segment: int) -> None:
         self.hidden.copy_(self._pass(segment)[:, -1:])
 
     def _leave(self) -> None:
@@ -356,10 +389,13 @@ class PropagateDeviceStack(DeviceStack):
     def take_finals(self) -> None:
         """See :class:`AbstractStack`: there are none."""
 
-    def _asked(self, number: int) -> None:
+    def _frozen(self) -> Tensor | None:
+        return ~self.running if self.batch > 1 else None
+
+    def _asked(self, segment: int) -> None:
         return
 
-    def _deepen(self, segment: int) -> None:
+    def _carry_window(self, segment: int) -> None:
         _, into = self._owed(segment)
         done = self.executor.run_window(
             self.bounds[segment],
@@ -367,7 +403,7 @@ class PropagateDeviceStack(DeviceStack):
             self.hidden,
             self._window,
             into,
-            frozen=~self.running if self.batch > 1 else None,
+            frozen=self._frozen(),
             waiting=self.ring[0].index_select(1, self._order[:-1]),
         )
         self.hidden.copy_(done)

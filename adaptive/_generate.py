@@ -485,6 +485,8 @@ def _job(
     if capture is None:
         stack = stack_for(executor, exits, policy.mode, costs, rows=rows, most=most)
     else:
+        if policy.mode == "exact" and own["max_pending"] is None:
+            most = max(1, most // rows)  # a window has its slots in every row
         stack = device_stack_for(
             executor, exits, policy, keys=keys, seed=own["seed"], most=most, capture=capture
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +16,8 @@ from adaptive.calibration import UnsupportedError
 if TYPE_CHECKING:
     from adaptive._device_stack import DeviceStack
 
+#: Name, segment, and whether the newest token passes it alone.
+_Piece = tuple[str, int, bool]
 #: How a step of fixed shapes is run.
 Capture = Literal["step", "segments", "none"]
 
@@ -29,31 +30,52 @@ class AbstractRunner(abc.ABC):
         """Run the pieces that the flags ask for."""
 
 
-class Direct(AbstractRunner):
-    """Operator by operator, on any device. One flag is read per segment boundary."""
+class BySegment(AbstractRunner):
+    """The host chooses the pieces: one number is read per segment boundary, one at the end."""
 
     def run(self, stack: DeviceStack) -> None:
         """See :class:`AbstractRunner`."""
-        _flow(stack, lambda name, work: work())
+        self._do(stack, ("begin", 0, True))
+        for segment in range(1, stack.segments):
+            way = int(stack.way)
+            if way == 0:
+                break
+            self._do(stack, ("segment", segment, way == 1))
+        self._do(stack, ("finish", 0, True))
+        if bool(stack.overdue):
+            self._do(stack, ("flush", 0, True))
+
+    @abc.abstractmethod
+    def _do(self, stack: DeviceStack, piece: _Piece) -> None:
+        """Run one piece."""
 
 
-class SegmentGraphs(AbstractRunner):
-    """One CUDA graph per piece, for any torch. One flag is read per segment boundary."""
+class Direct(BySegment):
+    """Operator by operator, on any device."""
+
+    def _do(self, stack: DeviceStack, piece: _Piece) -> None:
+        _work(stack, piece)
+
+
+class SegmentGraphs(BySegment):
+    """One CUDA graph per piece, for any torch."""
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[_Piece, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._rehearsed = False
 
-    def run(self, stack: DeviceStack) -> None:
-        """See :class:`AbstractRunner`."""
-        if ("begin", stack.stop) not in self._graphs:
-            _rehearse(stack)
-            for name, work in _pieces(stack):
-                graph = torch.cuda.CUDAGraph()
-                with _capturing(graph, self._pool):
-                    work()
-                self._graphs[name, stack.stop] = graph
-        _flow(stack, lambda name, _: self._graphs[name, stack.stop].replay())
+    def _do(self, stack: DeviceStack, piece: _Piece) -> None:
+        key = piece, stack.stop
+        if key not in self._graphs:
+            if not self._rehearsed:
+                _rehearse(stack)
+                self._rehearsed = True
+            graph = torch.cuda.CUDAGraph()
+            with _capturing(graph, self._pool):
+                _work(stack, piece)
+            self._graphs[key] = graph
+        self._graphs[key].replay()
 
 
 class StepGraph(AbstractRunner):
@@ -80,7 +102,7 @@ class StepGraph(AbstractRunner):
                 stack.begin()
                 self._nest(graph, stack, 1)
                 stack.finish()
-                with _only_if(graph, stack.overdue):
+                with only_if(graph, stack.overdue):
                     stack.flush()
             self._graphs[stack.stop] = graph
         self._graphs[stack.stop].replay()
@@ -88,8 +110,14 @@ class StepGraph(AbstractRunner):
     def _nest(self, graph: torch.cuda.CUDAGraph, stack: DeviceStack, segment: int) -> None:
         """Capture a segment, and inside its body those behind it."""
         if segment < stack.segments:
-            with _only_if(graph, stack.going):
-                stack.deeper(segment)
+            with only_if(graph, stack.going):
+                if segment == 1:
+                    stack.look()
+                with only_if(graph, stack.alone):
+                    stack.carry(segment, alone=True)
+                with only_if(graph, stack.crowded):
+                    stack.carry(segment, alone=False)
+                stack.ask(segment)
                 self._nest(graph, stack, segment + 1)
 
 
@@ -109,25 +137,16 @@ def runner_for(capture: Capture) -> AbstractRunner:
     return kinds[capture]()
 
 
-def _pieces(stack: DeviceStack) -> Iterator[tuple[str, Callable[[], None]]]:
-    yield "begin", stack.begin
-    for segment in range(1, stack.segments):
-        yield f"segment {segment}", partial(stack.deeper, segment)
-    yield "finish", stack.finish
-    yield "flush", stack.flush
-
-
-def _flow(stack: DeviceStack, run: Callable[[str, Callable[[], None]], None]) -> None:
-    """Run pieces in their order; a flag is read in front of those that may not be needed."""
-    begin, *deeper, finish, flush = _pieces(stack)
-    run(*begin)
-    for piece in deeper:
-        if not bool(stack.going):
-            break
-        run(*piece)
-    run(*finish)
-    if bool(stack.overdue):
-        run(*flush)
+def _work(stack: DeviceStack, piece: _Piece) -> None:
+    """Do what a piece names."""
+    name, segment, alone = piece
+    if name == "segment":
+        if not alone:
+            stack.look()
+        stack.carry(segment, alone=alone)
+        stack.ask(segment)
+    else:
+        {"begin": stack.begin, "finish": stack.finish, "flush": stack.flush}[name]()
 
 
 def _rehearse(stack: DeviceStack) -> None:
@@ -157,7 +176,7 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _only_if(graph: torch.cuda.CUDAGraph, flag: Tensor) -> Iterator[None]:
+def only_if(graph: torch.cuda.CUDAGraph, flag: Tensor) -> Iterator[None]:
     """Capture into the body of an IF node on a flag."""
     graph.begin_capture_to_if_node(flag)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import adaptive
 from adaptive import attach_exits, generate
@@ -65,23 +65,48 @@ PATTERNS = {
 }
 
 
+#: Shapes of Llama 3.2 1B and Llama 3.1 8B.
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+        **{"vocab_size": 128256, "tie_word_embeddings": True},
+    },
+    "8b": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        **{"vocab_size": 128256},
+    },
+}
+
+
 def build(options: argparse.Namespace) -> LlamaForCausalLM:
     """Random Llama whose layers behind the first exit say nothing: exits always agree."""
     torch.manual_seed(0)
+    if options.shape:
+        shape = SHAPES[options.shape]
+        options.layers, options.width = shape["num_hidden_layers"], shape["hidden_size"]
+        options.vocabulary = shape["vocab_size"]
+    else:
+        shape = {
+            "vocab_size": options.vocabulary,
+            "hidden_size": options.width,
+            "intermediate_size": int(options.width * 2.7) // 32 * 32,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": options.width // 64,
+            "num_key_value_heads": options.width // 128 or 1,
+            "head_dim": 64,
+        }
     config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        intermediate_size=int(options.width * 2.7) // 32 * 32,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=options.width // 128 or 1,
-        head_dim=64,
-        max_position_embeddings=2048,
+        **shape,
+        max_position_embeddings=40960,
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=0,
+        dtype=options.dtype,
     )
-    model = LlamaForCausalLM(config).eval().to(options.device)
+    with torch.device(options.device):  # large ones are drawn where they live
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
     with torch.no_grad():
         for layer in model.model.layers[options.layers // 4 :]:
             layer.self_attn.o_proj.weight.mul_(1e-4)
@@ -177,6 +202,8 @@ def command_line(description: str | None, *, out: str, **defaults: Any) -> argpa
     for name, default in (sizes | defaults).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="in place of layers, width, vocabulary")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--table", action="store_true", help="print the kept figures, run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / out)
     return parser

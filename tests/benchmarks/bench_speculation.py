@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_speculation.py                              # 24 layers, CPU
     python tests/benchmarks/bench_speculation.py --rounds 3 --width 128       # a quick look
-    python tests/benchmarks/bench_speculation.py --table                      # the kept figures
+    python tests/benchmarks/bench_speculation.py --sampling                   # two ways to sample
+    python tests/benchmarks/bench_speculation.py --table [--sampling]         # the kept figures
 
 Batch 1, float32, greedy and sampled. Three ways to draft and verify with one set of weights:
 
@@ -23,17 +24,26 @@ Reported are the median over rounds of `model.generate` (dynamic cache) over the
 calls in one process, its 95 percent bootstrap interval, the share of drafts that were accepted,
 and whether the text is that of `model.generate`. Sampled text of transformers' assisted decoding
 follows the model's distribution but is another draw; ours is the same draw.
+
+`--sampling` holds our two ways of accepting sampled drafts against each other on the shipped
+model: common noise (`speculation="coupled"`) and rejection sampling. Acceptance is the share of
+drafts that stayed among those that were judged (behind a wrong draft none is), over 64 prompts
+with the standard error over them; the number of drafts per round does not change it. Speed is
+that of four prompts per round over `model.generate`, and with rejection sampling over common
+noise, each round under a seed of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,7 +51,16 @@ from transformers.generation.candidate_generator import (
     EarlyExitCandidateGenerator,
     PromptLookupCandidateGenerator,
 )
-from workshop import Clock, Prescribed, build, command_line, ratio, rounds, shown, stamp
+from workshop import (
+    Clock,
+    Prescribed,
+    build,
+    command_line,
+    ratio,
+    rounds,
+    shown,
+    stamp,
+)
 
 from adaptive import generate
 from adaptive._exits import require_exits
@@ -204,6 +223,127 @@ def measured(
     return report
 
 
+#: Prompts whose drafts are counted, prompts of one timed round.
+COUNTED, TIMED = 64, 4
+#: When a token is a draft, and drafts per round; `None` leaves the number to the loop.
+PLANS: tuple[tuple[str, int | None], ...] = (
+    ("always", 4),
+    ("always", 8),
+    ("always", None),
+    ("while sure", 16),
+)
+WAYS = ("coupled", "rejection")
+TEMPERATURES = (1.0, 0.7)
+
+
+def sampling_ways(options: argparse.Namespace) -> dict[str, Any]:
+    """Common noise and rejection sampling on the shipped model."""
+    model, tokenizer = load_model()
+    model.to(options.device)
+    exits = require_exits(model)
+    exit = len(exits.layers) // 2
+    rules = {"always": Prescribed((exit,)), "while sure": Threshold(SURE)}
+    texts = load_prompts(COUNTED)
+    prompts = [tokenizer(text, return_tensors="pt").to(options.device) for text in texts]
+    report: dict[str, Any] = {"exit": exits.layers[exit], "layers": model.config.num_hidden_layers}
+    for temperature in TEMPERATURES:
+        common: dict[str, Any] = {
+            "max_new_tokens": options.tokens,
+            "min_new_tokens": options.tokens,
+            "do_sample": True,
+            "top_k": 0,
+            "temperature": temperature,
+        }
+        works = {"model.generate": _in_turn(model.generate, prompts[:TIMED], common)}
+        shares: dict[str, dict[str, float]] = {}
+        for (name, drafts), way in itertools.product(PLANS, WAYS):
+            policy = Policy(ProbeScore(), rules[name], stages=(exit,), mode="verify")
+            settings = common | {"policy": policy, "speculation": way, "tier": "native"}
+            settings["max_pending"] = drafts
+            if f"{name}, {way}" not in shares:  # whatever the number of drafts
+                shares[f"{name}, {way}"] = _stayed(model, prompts, settings, exit)
+                print(f"    {temperature} {name}, {way}: {shares[f'{name}, {way}']}")
+            ours = functools.partial(generate, model)
+            works[_label(name, drafts, way)] = _in_turn(ours, prompts[:TIMED], settings)
+        times = rounds(works, count=options.rounds, clock=Clock(options.device))
+        speeds = {
+            label: {
+                "ms_per_token": float(np.median(found)) / options.tokens / TIMED * 1e3,
+                "speed": ratio(times["model.generate"], found),
+                "over_coupled": ratio(times[label.replace("rejection", "coupled")], found),
+            }
+            for label, found in times.items()
+        }
+        for label, row in speeds.items():
+            print(f"    {label:40s} x{shown(row['speed'])} x{shown(row['over_coupled'])}")
+        report[f"temperature {temperature}"] = {"acceptance": shares, "speeds": speeds}
+    return report
+
+
+def _label(name: str, drafts: int | None, way: str) -> str:
+    return f"{name}, {drafts or 'measured'} drafts, {way}"
+
+
+def _in_turn(
+    work: Callable[..., Any], prompts: list[Any], settings: dict[str, Any]
+) -> Callable[[], None]:
+    """One round: every prompt once, under a seed that the variants share in each round."""
+    seeds = iter(range(10**6))
+
+    def one() -> None:
+        torch.manual_seed(next(seeds))
+        for prompt in prompts:
+            work(**prompt, **settings)
+
+    return one
+
+
+def _stayed(
+    model: PreTrainedModel, prompts: list[Any], settings: dict[str, Any], exit: int
+) -> dict[str, float]:
+    """Share of the judged drafts that stayed, and its standard error over prompts.
+
+    A token that its policy did not let stop is no draft: it is told from a replaced draft by its
+    score.
+    """
+    made, kept = np.zeros(len(prompts)), np.zeros(len(prompts))
+    for row, prompt in enumerate(prompts):
+        output: Any = generate(
+            model, **prompt, **settings, random="keyed", seed=row, return_dict_in_generate=True
+        )
+        stages, scores = output.exit_stages[0, 1:], output.exit_scores[0, 1:]
+        rule = settings["policy"].rule
+        drafts = scores >= SURE if isinstance(rule, Threshold) else torch.ones_like(stages) > 0
+        made[row], kept[row] = int(drafts.sum()), int((drafts & (stages == exit)).sum())
+    share = kept.sum() / made.sum()
+    error = float(np.sqrt(((kept - share * made) ** 2).sum()) / made.sum())
+    return {"share": float(share), "error": error, "drafts": int(made.sum())}
+
+
+def sampling_table(report: dict[str, Any]) -> str:
+    """The figures of the two ways as they stand in the docs: acceptance, then speed."""
+    parts = [report[f"temperature {temperature}"] for temperature in TEMPERATURES]
+    heads = [f"{way}, T={temperature}" for temperature in TEMPERATURES for way in WAYS]
+    lines = [f"| drafts | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name in dict.fromkeys(name for name, _ in PLANS):
+        found = [part["acceptance"][f"{name}, {way}"] for part in parts for way in WAYS]
+        cells = [f"{share['share']:.3f} ± {share['error']:.3f}" for share in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    heads = [*heads[:2], "rejection / coupled", *heads[2:], "rejection / coupled"]
+    lines += ["", f"| drafts | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name, drafts in PLANS:
+        cells = []
+        for part in parts:
+            rows = [part["speeds"][_label(name, drafts, way)] for way in WAYS]
+            cells += [_brief(row["speed"]) for row in rows] + [_brief(rows[1]["over_coupled"])]
+        lines.append(f"| {name}, {drafts or 'measured'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _brief(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
 def shipped(options: argparse.Namespace) -> tuple[PreTrainedModel, Tensor]:
     """The shipped model and one of its prompts."""
     model, tokenizer = load_model()
@@ -237,7 +377,16 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = command_line(__doc__, out="speculation.json", rounds=9, tokens=32)
+    parser.add_argument("--sampling", action="store_true", help="two ways to sample")
     options = parser.parse_args()
+    if options.sampling:
+        kept = options.out.with_name("speculation_sampling.json")
+        if not options.table:
+            torch.set_num_threads(options.threads)
+            found = stamp(options) | sampling_ways(options)
+            kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(sampling_table(json.loads(kept.read_text())))
+        return
     if options.table:
         print(table(json.loads(options.out.read_text())))
         return

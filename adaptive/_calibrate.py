@@ -29,6 +29,7 @@ from adaptive._monitor_reference import Reference
 from adaptive._path import Path, choose_path
 from adaptive._run import Run
 from adaptive._runs import full_depth, require_same_work, run_units
+from adaptive._schedule_costs import schedule_costs
 from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
 from adaptive._stages import is_staged
 from adaptive._tier import Tier
@@ -40,11 +41,20 @@ from adaptive.calibration import (
     DeltaLedger,
     InvalidArgumentError,
     InvalidTypeError,
+    Trace,
     UnsupportedError,
     control_risk,
     minimum_units,
 )
-from adaptive.policies import Mode, Policy, ProbeScore, Threshold
+from adaptive.policies import (
+    Mode,
+    Policy,
+    ProbeScore,
+    Threshold,
+    asked_at,
+    choose_stages,
+    expected_cost,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -104,8 +114,10 @@ def calibrate(
     delta : float
         Probability that the draw of the test prompts misleads, in (0, 1).
     policy : Policy, optional
-        The family: its rule's knob is what is calibrated. By default a threshold on the exits'
-        probes, at all exits.
+        The family: its rule's knob is what is calibrated, and it is asked at its own ``stages``.
+        By default a threshold on the exits' probes, at the exits worth asking at: on the fit split,
+        with measured times of layers and checks, :func:`~adaptive.policies.choose_stages` leaves
+        out those at which asking costs more than it saves.
     loss : str or callable
         ``"disagreement"``: share of a run's tokens that differ from the full model's choice after
         the same own prefix. ``"departure"``: 1 if the text departs from the full model's at all.
@@ -305,7 +317,10 @@ def calibrate(
             f"every loss is zero (about {total_units(needed) * prompts_of_unit} prompts in all)."
         )
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
-    path = bench.path(risk=risk, members=members)
+    trace = bench.trace()
+    if policy is None and trace is not None:
+        bench, trace = bench.scheduled(trace, risk=risk)
+    path = bench.path(trace, risk=risk, members=members)
     if len(path.knobs) == 1:
         why = "No member stops early on the fit split within 1.2 times the promised risk."
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
@@ -394,6 +409,7 @@ class _Bench:
     loss: UnitLoss
     tier: Tier | None
     progress: bool
+    schedule: dict[str, Any] | None = None
 
     def run(
         self, units: Units, policy: Policy, description: str, *, labels: bool = True
@@ -414,16 +430,13 @@ class _Bench:
         batches = (range(start, start + size) for start in range(0, len(units), size))
         return tuple(done for rows in batches for done in run(units.select(rows), progress=False))
 
-    def path(self, *, risk: float, members: int) -> Path:
-        """Trace the model's own text on the fit split and place the members.
-
-        Where every text ends with its first token there is nothing to stop: full depth alone.
-        """
+    def trace(self) -> Trace | None:
+        """Trace the model's own text on the fit split; none if every text ends with one token."""
         full = replace(full_depth(self.exits), mode="propagate")
         runs = self.run(self.split.fit, full, "full-depth text", labels=False)
         if all(len(run.tokens) < 2 for run in runs):
-            return Path((float("inf"),), np.zeros(1))
-        trace = collect(
+            return None
+        return collect(
             self.model,
             self.split.fit,
             [run.tokens for run in runs],
@@ -433,13 +446,47 @@ class _Bench:
             progress=self.progress,
             tier=self.tier,
         )
-        binary = self.loss.binary or self.loss.sequence is not None
+
+    def scheduled(self, trace: Trace, *, risk: float) -> tuple[_Bench, Trace]:
+        """Leave out the exits that are not worth asking at, on the fit split's trace."""
+        costs = from_first(
+            lambda: schedule_costs(self.model, self.exits, self.family, tier=self.tier)
+        )
+        timed = replace(trace, costs=costs.stages)
+        settings: dict[str, Any] = {
+            "risk": risk,
+            "checks": costs.checks,
+            "reduction": "any" if self.any_token else "mean",
+            "seed": self.deployment.seed,
+        }
+        chosen = choose_stages(self.family, timed, **settings)
+        schedule = {
+            "stages": list(chosen.stages),
+            "microseconds_per_check": [round(1e6 * float(check), 2) for check in costs.checks],
+            "milliseconds_per_token": {
+                name: round(1e3 * expected_cost(policy, timed, **settings), 4)
+                for name, policy in (("chosen", chosen), ("everywhere", self.family))
+            },
+        }
+        _log.info("the policy asks at exits %s of %s", chosen.stages, self.family.stages)
+        bench = replace(self, family=chosen, schedule=schedule)
+        return bench, asked_at(trace, chosen.stages)
+
+    @property
+    def any_token(self) -> bool:
+        """Whether a unit's loss is predicted by any disagreement, not by the share of tokens."""
+        return self.loss.binary or self.loss.sequence is not None
+
+    def path(self, trace: Trace | None, *, risk: float, members: int) -> Path:
+        """Place the members; full depth alone where there is nothing to stop."""
+        if trace is None:
+            return Path((float("inf"),), np.zeros(1))
         return choose_path(
             self.family,
             trace,
             risk=risk,
             members=members,
-            any_token=binary,
+            any_token=self.any_token,
             seed=self.deployment.seed,
             batch_size=self.deployment.batch_size,
         )
@@ -524,6 +571,8 @@ class _Bench:
             "knobs": [str(knob) for knob in path.knobs],
             "predicted": [float(value) for value in path.predicted],
         }
+        if self.schedule is not None:
+            walked["check_schedule"] = self.schedule
         certificate = replace(certificate, evidence=certificate.evidence | walked)
         if result.index is None:
             return replace(self.family.member(path.knobs[0]), certificate=certificate)

@@ -61,6 +61,7 @@ from adaptive.policies._calm import (
     textual_consistency,
     token_f1_distance,
 )
+from adaptive.policies._choose_stages import choose_stages, expected_cost
 from adaptive.policies._combinators import AllOf, AnyOf, Protected, TwoSided, Veto, Within
 from adaptive.policies._fixed import FixedStage, RandomStage, SkipDecode
 from adaptive.policies._gates import HaltingGate, LinearGate, RecurrentGate, StatisticsGate
@@ -100,7 +101,7 @@ from adaptive.policies._schedules import Decay, PerStage, Phases, ScheduledThres
 from adaptive.policies._score_calibration import Calibrated, Tempered
 from adaptive.policies._scores import Margin, MaxProbability, NoScore, ProbeScore, Saturation
 from adaptive.policies._sequential import EvidenceProcess, SequentialRatio, wald_boundaries
-from adaptive.policies._simulate import exit_stages
+from adaptive.policies._simulate import asked_at, exit_stages
 from adaptive.policies._statistic import AbstractStatisticRule
 from adaptive.policies._threshold import Threshold
 from adaptive.policies._threshold_table import ThresholdTable
@@ -167,12 +168,15 @@ __all__ = [
     "WindowedPatience",
     "Within",
     "agreement_thresholds",
+    "asked_at",
     "budget_certificate",
     "budget_thresholds",
     "calm_policy",
     "certified_agreement_thresholds",
+    "choose_stages",
     "decaying_vocabulary",
     "exit_stages",
+    "expected_cost",
     "expected_readout",
     "exponential_weights",
     "geometric_allocation",

@@ -40,12 +40,12 @@ def unit_losses(
     ([0.5], [2.5])
     """
     harm, where = stage_losses(trace, loss), stages_of(stages, trace)
-    return _unit_means(harm[np.arange(trace.n_tokens), where], trace)
+    return unit_means(harm[np.arange(trace.n_tokens), where], trace)
 
 
 def unit_costs(stages: ArrayLike, trace: Trace) -> NDArray[np.float64]:
     """Mean cost per token of each unit, float64 [n_units], in ``trace.cost_quantity``."""
-    return _unit_means(np.asarray(trace.costs)[stages_of(stages, trace)], trace)
+    return unit_means(np.asarray(trace.costs)[stages_of(stages, trace)], trace)
 
 
 def mean_cost_bound(stages: ArrayLike, trace: Trace, *, delta: float) -> float:
@@ -122,6 +122,7 @@ def budget_certificate(
     return result.certificate
 
 
-def _unit_means(values: NDArray[np.float64], trace: Trace) -> NDArray[np.float64]:
+def unit_means(values: NDArray[np.float64], trace: Trace) -> NDArray[np.float64]:
+    """Mean of a number per token over each unit, float64 [n_units]."""
     means: NDArray[np.float64] = np.add.reduceat(values, trace.offsets[:-1]) / trace.lengths
     return means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,38 @@ def exit_stages(
         found[:, token] = torch.where(stop, stage, found[:, token])
     exits: NDArray[np.int64] = found.numpy()[present]
     return exits
+
+
+def asked_at(trace: Trace, stages: tuple[int, ...]) -> Trace:
+    """Return the trace as if only some of its exits had been asked.
+
+    Parameters
+    ----------
+    trace : Trace
+    stages : tuple of int
+        Exits that are asked, ascending.
+
+    Returns
+    -------
+    Trace
+        The others have the score ``-inf`` and are marked in the column ``asked``. Scores that look
+        at the exit before are left as they are.
+
+    Examples
+    --------
+    >>> trace = Trace(
+    ...     scores=[[0.9, 0.2]],
+    ...     losses={"disagreement": [[1, 0]]},
+    ...     costs=[1.0, 2.0, 4.0],
+    ...     cost_quantity="layers",
+    ... )
+    >>> asked_at(trace, (1,)).scores.tolist()
+    [[-inf, 0.20000000298023224]]
+    """
+    kept = np.isin(np.arange(trace.n_exits), _asked(stages, trace))
+    scores = np.where(kept, trace.scores, np.float32(-np.inf))
+    marks = {"asked": np.tile(kept, (trace.n_tokens, 1))}
+    return replace(trace, scores=scores, columns=dict(trace.columns) | marks)
 
 
 def largest(

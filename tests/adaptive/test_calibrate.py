@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,9 +37,10 @@ from adaptive._inputs import read_units
 from adaptive._output import AdaptiveOutput
 from adaptive._path import choose_path, token_losses
 from adaptive._runs import run_units
+from adaptive._schedule_costs import ScheduleCosts
 from adaptive.calibration import DeltaLedger, InvalidTypeError
 from adaptive.calibration.conformance import violation_limit
-from adaptive.policies import AllRows, ProbeScore, Threshold
+from adaptive.policies import AllRows, ProbeScore, Threshold, asked_at, choose_stages
 
 NEW = 8
 RISK = 0.1
@@ -59,6 +61,18 @@ def _first_is_best(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarra
     return np.array([1.0, *(0.5 + 0.01 * place for place in range(len(policies) - 1))])
 
 
+def _costing(*checks: float) -> Callable[..., ScheduleCosts]:
+    """Prescribed seconds: a millisecond per layer, and what is given for a check at each exit."""
+
+    def measured(model: Any, exits: Any, policy: Policy, **_: Any) -> ScheduleCosts:
+        return ScheduleCosts(1e-3 * np.array([1.0, 2.0, 3.0, 4.0]), 1e-3 * np.array(checks))
+
+    return measured
+
+
+_cheap_checks = _costing(0.01, 0.01, 0.01)
+
+
 @pytest.fixture(scope="module")
 def model(tools: SimpleNamespace, saved_planted: Path) -> Any:
     return tools.reread(tools.model(), saved_planted)
@@ -67,6 +81,7 @@ def model(tools: SimpleNamespace, saved_planted: Path) -> Any:
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "seconds_per_token", _cheaper)
+    monkeypatch.setattr(module, "schedule_costs", _cheap_checks)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +112,7 @@ def result(model: Any, prompts: list[list[int]]) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "seconds_per_token", _cheaper)
+        patch.setattr(module, "schedule_costs", _cheap_checks)
         patch.setattr(module, "control_risk", watched)
         policy = run(model, prompts)
     return SimpleNamespace(policy=policy, certificate=policy.certificate, losses=seen)
@@ -263,6 +279,76 @@ def test_the_seed_decides(model: Any, prompts: list[list[int]]) -> None:
     first = told(3)
     assert told(3) == first
     assert told(4)["split"]["test_units"] != first["split"]["test_units"]
+
+
+# -- the check schedule ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scheduled(model: Any, prompts: list[list[int]]) -> SimpleNamespace:
+    """Calibrations under prescribed costs of a check, by these costs; and what the path saw."""
+    seen: list[Trace] = []
+
+    def noted(family: Policy, trace: Trace, **settings: Any) -> Any:
+        seen.append(trace)
+        return choose_path(family, trace, **settings)
+
+    found = {}
+    for checks in ((0.0, 0.0, 0.0), (50.0, 0.0, 0.0), (50.0, 50.0, 50.0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "seconds_per_token", _cheaper)
+            patch.setattr(module, "schedule_costs", _costing(*checks))
+            patch.setattr(module, "choose_path", noted)
+            found[checks] = run(model, prompts, 0.3, members=2)
+    return SimpleNamespace(policies=found, traces=seen)
+
+
+def test_exits_whose_check_costs_more_than_it_saves_are_not_asked(
+    scheduled: SimpleNamespace,
+) -> None:
+    free, one, dear = (policy.stages for policy in scheduled.policies.values())
+    assert 0 in free
+    assert 0 not in one
+    assert one
+    assert len(dear) == 1
+
+
+def test_the_schedule_is_frozen_with_the_policy_and_on_record(
+    scheduled: SimpleNamespace, tmp_path: Path
+) -> None:
+    policy = scheduled.policies[50.0, 0.0, 0.0]
+    record = policy.certificate.evidence["check_schedule"]
+    assert tuple(record["stages"]) == policy.stages
+    assert record["microseconds_per_check"] == [50_000.0, 0.0, 0.0]
+    predicted = record["milliseconds_per_token"]
+    assert predicted["chosen"] < predicted["everywhere"]
+    assert policy.certificate.evidence["exit_counts"]["1"][0] == 0  # nothing stopped at exit 0
+    policy.save_pretrained(tmp_path)
+    assert Policy.from_pretrained(tmp_path) == policy
+
+
+def test_the_schedule_is_chosen_on_the_fit_split_alone(
+    scheduled: SimpleNamespace, result: SimpleNamespace
+) -> None:
+    for policy, trace in zip(scheduled.policies.values(), scheduled.traces, strict=True):
+        split = policy.certificate.split
+        assert set(trace.unit_ids) <= set(split["fit_units"])
+        assert not set(trace.unit_ids) & set(split["test_units"])
+        asked = np.flatnonzero(np.isfinite(trace.scores).all(axis=0))
+        assert tuple(asked.tolist()) == policy.stages  # the path is placed on what is asked
+        # neither the split nor the evidence depends on what a check costs
+        assert split == result.certificate.split
+        assert policy.certificate.n == result.certificate.n
+
+
+def test_a_schedule_that_is_given_is_kept(
+    model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "schedule_costs", lambda *_, **__: pytest.fail("measured"))
+    given = Policy(ProbeScore(), Threshold(), stages=(0, 2))
+    policy = run(model, prompts[:70], policy=given, members=1)
+    assert policy.stages == (0, 2)
+    assert "check_schedule" not in policy.certificate.evidence
 
 
 # -- too little evidence --------------------------------------------------------------------------
@@ -648,41 +734,55 @@ def _unit_losses(policy: Policy, trace: Trace) -> np.ndarray:
     return found
 
 
-def _choose(variant: str, rng: np.random.Generator, risk: float, delta: float) -> float:
-    """Knob of one calibration: path on one draw, test on another; or both on one draw."""
+def _choose(variant: str, rng: np.random.Generator, risk: float, delta: float) -> Policy:
+    """Policy of one calibration: path on one draw, test on another; or both on one draw."""
     family = Policy(ProbeScore(), Threshold(), stages=(0, 1))
     fit, test = _synthetic(rng, 30), _synthetic(rng, 60)
+    if variant == "right, exits chosen":
+        family = choose_stages(family, fit, risk=risk, checks=0.35, margin=0.0)
+        fit = asked_at(fit, family.stages)
     path = choose_path(family, fit, risk=risk, members=5, any_token=False)
     tables = {j: _unit_losses(family.member(k), test) for j, k in enumerate(path.knobs)}
     if variant == "tuned on the test units":
         within = [j for j, losses in tables.items() if losses.mean() <= risk]
-        return path.knobs[within[-1]]
+        return family.member(path.knobs[within[-1]])
     if len(path.knobs) == 1:
-        return path.knobs[0]
+        return family.member(path.knobs[0])
     found = control_risk(
         lambda column: tables[column], risk=risk, delta=delta, n_columns=len(path.knobs), rng=0
     )
-    return path.knobs[found.index or 0]
+    return family.member(path.knobs[found.index or 0])
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("variant", "kept"), [("right", True), ("tuned on the test units", False)])
+@pytest.mark.parametrize(
+    ("variant", "kept"),
+    [("right", True), ("right, exits chosen", True), ("tuned on the test units", False)],
+)
 def test_path_and_test_together_keep_the_promise(
     variant: str, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adaptive._path.GRID", 12)
+    monkeypatch.setattr("adaptive.policies._choose_stages._GRID", 24)
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     risk, delta, replicates = 0.1, 0.05, 100
     rng = np.random.default_rng(8)
     population = _synthetic(np.random.default_rng(9), 20_000)
-    family = Policy(ProbeScore(), Threshold(), stages=(0, 1))
     grid = np.linspace(0, 1, 201)
-    true = np.array([_unit_losses(family.member(k), population).mean() for k in grid])
-    broken = 0
+
+    @functools.cache
+    def true(stages: tuple[int, ...]) -> np.ndarray:
+        family = Policy(ProbeScore(), Threshold(), stages=stages)
+        return np.array([_unit_losses(family.member(k), population).mean() for k in grid])
+
+    broken, asked = 0, set()
     for _ in range(replicates):
-        knob = _choose(variant, rng, risk, delta)
-        broken += knob <= 1 and float(np.interp(knob, grid, true)) > risk
+        policy = _choose(variant, rng, risk, delta)
+        knob = policy.rule.threshold  # type: ignore[attr-defined]
+        asked.add(policy.stages)
+        broken += knob <= 1 and float(np.interp(knob, grid, true(policy.stages))) > risk
     assert (broken <= violation_limit(replicates, delta)) is kept
+    assert (len(asked) > 1) is ("exits chosen" in variant)  # which exits is left to the fit split
 
 
 def test_members_lie_around_the_promise(rng: np.random.Generator) -> None:

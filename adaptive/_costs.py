@@ -150,26 +150,30 @@ def _layers_for(executor: AbstractExecutor, state: torch.Tensor) -> int:
 
 
 def _fastest(executor: AbstractExecutor, work: Callable[[], object]) -> float:
-    """Least seconds of a few calls, fewer if they are long; the first is not counted.
-
-    On a CPU the process's own time is taken, which other processes disturb less.
-    """
-    device = executor.readout.device
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    """Least seconds of a few calls, fewer if they are long; the first is not counted."""
     best, spent = math.inf, 0.0
     for turn in range(_ROUNDS + 1):
         executor.truncate(_BEFORE)
-        _wait(device)
-        start = clock()
-        work()
-        _wait(device)
-        seconds = clock() - start
+        seconds = seconds_of(work, executor.readout.device)
         spent += seconds
         if turn > 0 or seconds > _SECONDS / len(_TOKENS):
             best = min(best, seconds)
         if spent > _SECONDS / len(_TOKENS) / 2 and best < math.inf:
             break
     return best
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a piece of work takes.
+
+    On a CPU the process's own time is taken, which other processes disturb less.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    _wait(device)
+    start = clock()
+    work()
+    _wait(device)
+    return clock() - start
 
 
 def _wait(device: torch.device) -> None:

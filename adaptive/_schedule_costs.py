@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from adaptive._costs import Costs, costs_of
+from adaptive._costs import Costs, costs_of, seconds_of
 from adaptive._exits import Exits
 from adaptive._families import layers_of
 from adaptive._tier import Tier, executor_for
 from adaptive.policies import Mode, Policy
 
-#: Checks per timing, and timings; the least one counts, as for layers.
-_CALLS, _ROUNDS = 20, 15
+#: Rounds, of which the median counts, and layers that are run in each.
+_ROUNDS, _LAYERS = 25, 2
 _known: weakref.WeakKeyDictionary[Exits, dict[tuple[object, ...], NDArray[np.float64]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -64,7 +64,7 @@ def schedule_costs(
     found = _known.setdefault(exits, {})
     if key not in found:
         found[key] = _checks(model, exits, policy, tier)
-    return ScheduleCosts(stages, found[key])
+    return ScheduleCosts(stages, found[key] * costs.of_layer(1))
 
 
 def seconds_of_stages(
@@ -104,34 +104,42 @@ def seconds_of_stages(
 def _checks(
     model: PreTrainedModel, exits: Exits, policy: Policy, tier: Tier | None
 ) -> NDArray[np.float64]:
-    """Seconds of features, score, decision and the host's read at each exit, for one row.
+    """Time of features, score, decision and the host's read at each exit, in layers, for one row.
 
-    Segments end at every exit, asked or not, so their ends are no part of it.
+    Layers are run before each check, as in the loop, and timed with it, so that both meet the same
+    machine. Segments end at every exit, asked or not, so their
+    ends are no part of it.
     """
     device = model.device
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    readout = executor_for(model, tier=tier).readout
-    hidden = torch.ones(1, exits.down.shape[-1], dtype=model.dtype, device=device)
+    executor = executor_for(model, tier=tier)
     position = torch.ones(1, dtype=torch.int64, device=device)
-    state = policy.init(1, device=device)
     noise = torch.full((1,), 0.5, device=device) if "noise" in policy.needs else None
-    found = np.zeros(len(exits.layers))
-    for exit in policy.stages:
-        needs = policy.needs_at(exit)
+    state = policy.init(1, device=device)
+    span = min(_LAYERS, executor.layers)
 
-        def ask(exit: int = exit, needs: frozenset[str] = needs) -> None:
-            features = exits.features(
-                needs, exit, hidden, previous=hidden, position=position, readout=readout
-            )
-            stop, _, _ = policy.update(replace(features, noise=noise), state)
-            stop.tolist()
+    def ask(exit: int) -> None:
+        features = exits.features(
+            policy.needs_at(exit),
+            exit,
+            here,
+            previous=here,
+            position=position,
+            readout=executor.readout,
+        )
+        stop, _, _ = policy.update(replace(features, noise=noise), state)
+        stop.tolist()
 
-        ask()
-        rounds = []
-        for _ in range(_ROUNDS):
-            start = clock()
-            for _ in range(_CALLS):
-                ask()
-            rounds.append(clock() - start)
-        found[exit] = min(rounds) / _CALLS
-    return found
+    executor.begin(batch_size=1, max_length=1, padding=None, positions=position[None] - 1)
+    try:
+        hidden = executor.embed(position[None], 0)
+        here = hidden[:, 0]
+        layers = partial(executor.run, 0, span, hidden, 0)
+        rounds = np.zeros((_ROUNDS + 1, len(exits.layers)))
+        for turn in range(_ROUNDS + 1):
+            for exit in policy.stages:
+                executor.truncate(0)
+                layer = seconds_of(layers, device) / span
+                rounds[turn, exit] = seconds_of(partial(ask, exit), device) / layer
+    finally:
+        executor.end()
+    return np.asarray(np.median(rounds[1:], axis=0))

@@ -110,8 +110,9 @@ def by_position(policy: Policy, trace: Trace, checks: Any) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The figures as they stand in the docs."""
-    lines = ["| exits asked | " + " | ".join(SCORES) + " |", "|---|---|---|"]
-    found = [report["scores"][name] for name in SCORES]
+    head, rule = " | ".join(report["scores"]) + " |", "|---" * (1 + len(report["scores"])) + "|"
+    lines = [f"| exits asked | {head}", rule]
+    found = list(report["scores"].values())
     for name in found[0]["schedules"]:
         cells = []
         for score in found:
@@ -119,7 +120,7 @@ def table(report: dict[str, Any]) -> str:
             mark = "; chosen" if name == score["chosen"] else ""
             cells.append(f"{one['predicted']:.3f}; {shown(one['realised'])}{mark}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| position | " + " | ".join(SCORES) + " |", "|---|---|---|"]
+    lines += ["", f"| position | {head}", rule]
     for name in found[0]["value of a check over its price"]:
         rows = [score["value of a check over its price"][name] for score in found]
         lines.append(f"| {name} | " + " | ".join(", ".join(f"{v:.1f}" for v in r) for r in rows))
@@ -157,7 +158,7 @@ def main() -> None:
         policy = Policy(score, Threshold(), stages=(0, 1, 2), mode="propagate")
         report["scores"][name] = schedules(model, ids, policy, trace, options)
         print(name, json.dumps(report["scores"][name], indent=1), flush=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(report))
 
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
 from adaptive._costs import Costs
-from adaptive._decode import Job, Record, decode
+from adaptive._decode import Job, decode
 from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
@@ -35,7 +30,16 @@ from adaptive._memory import handing_back, noting
 from adaptive._monitor import Monitor
 from adaptive._monitor_records import Watched
 from adaptive._monitor_units import Watch, begin_watch, finish_watch
-from adaptive._output import AdaptiveOutput
+from adaptive._output import AdaptiveOutput, marked, output_of
+from adaptive._request import (
+    check_capture,
+    check_ids,
+    padding_and_positions,
+    resumed_counts,
+    row_keys,
+    transformers_frame,
+    with_stop_strings,
+)
 from adaptive._settings import (
     certificate_mismatches,
     check_processors,
@@ -47,7 +51,6 @@ from adaptive._stacking import device_stack_for, inbox, needed_costs, stack_for
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
 from adaptive.calibration import (
-    Certificate,
     CertificateMismatchError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -59,10 +62,6 @@ RandomMode = Literal["generate", "keyed"]
 _NO_ASSISTANT = (
     "`assistant_model` is not supported under a policy "
     "(mode='verify' speculates with the model itself)"
-)
-#: Keyword arguments that transformers passes to every decoding method and that change nothing here.
-_IGNORED = frozenset(
-    {"logits_to_keep", "use_cache", "synced_gpus", "output_attentions", "output_hidden_states"}
 )
 
 
@@ -193,13 +192,13 @@ def generate(
         raise InvalidArgumentError(
             "speculation", speculation, f"'coupled': a policy in {policy.mode!r} mode has no drafts"
         )
-    _check_ids(input_ids, model_kwargs.get("attention_mask"))
+    check_ids(input_ids, model_kwargs.get("attention_mask"))
     if monitor is not None and resumed is not None:
         raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
     if max_pending is not None and max_pending < 1:
         raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
     if capture is not None:
-        _check_capture(capture, monitor, resumed)
+        check_capture(capture, monitor, resumed)
     own = {
         "policy": policy,
         "monitor": monitor,
@@ -221,7 +220,7 @@ def generate(
         method = functools.partial(
             _prepared, own=own, streamer=streamer, tokenizer=model_kwargs.get("tokenizer")
         )
-        stopping_criteria = _with_stop_strings(stopping_criteria, model_kwargs)
+        stopping_criteria = with_stop_strings(stopping_criteria, model_kwargs)
         prepared: AdaptiveOutput | Tensor = model.generate(
             input_ids,
             generation_config=generation_config,
@@ -233,7 +232,7 @@ def generate(
         )
         return prepared
     assert input_ids is not None
-    outer = _transformers_frame()
+    outer = transformers_frame()
     if outer.get("assistant_model") is not None:
         raise UnsupportedError(_NO_ASSISTANT)
     return _prepared(
@@ -247,63 +246,6 @@ def generate(
         tokenizer=model_kwargs.pop("tokenizer", None),
         **model_kwargs,
     )
-
-
-def _check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
-    if input_ids is None:
-        return
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise InvalidArgumentError(
-            "input_ids",
-            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}",
-            "token ids: integers of shape [batch, prompt]",
-        )
-    # behind a filled cache, which is refused by its own name, a mask is longer than the ids
-    if mask is not None and (mask.ndim != 2 or mask.shape[1] < input_ids.shape[1]):
-        raise InvalidArgumentError(
-            "attention_mask",
-            f"shape {tuple(mask.shape)}",
-            f"of the shape of `input_ids`, {tuple(input_ids.shape)}",
-        )
-
-
-def _check_capture(capture: Capture, monitor: Monitor | None, resumed: Tensor | None) -> None:
-    if capture not in get_args(Capture):
-        raise InvalidArgumentError(
-            "capture", capture, f"None or one of {', '.join(map(repr, get_args(Capture)))}"
-        )
-    for name, value in (("monitor", monitor), ("resumed", resumed)):
-        if value is not None:
-            raise UnsupportedError(f"`{name}` is not supported together with `capture`")
-
-
-def _with_stop_strings(
-    criteria: StoppingCriteriaList | None, model_kwargs: dict[str, Any]
-) -> StoppingCriteriaList | None:
-    """Turn ``stop_strings`` and ``tokenizer`` into a criterion.
-
-    transformers drops the tokenizer when it is given a decoding method, and then misses it.
-    """
-    tokenizer, strings = model_kwargs.pop("tokenizer", None), model_kwargs.get("stop_strings")
-    if tokenizer is None or strings is None:
-        return criteria
-    del model_kwargs["stop_strings"]
-    own = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
-    return StoppingCriteriaList([*(criteria or []), own])
-
-
-def _transformers_frame() -> dict[str, Any]:
-    """Local variables of the ``model.generate`` that called us.
-
-    transformers hands a callable neither the streamer nor the assistant model it was given, and
-    says nothing: the only place to see them is its own frame.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
-            return frame.f_locals
-        frame = frame.f_back
-    return {}
 
 
 @handing_back
@@ -322,7 +264,7 @@ def _prepared(
     """Decode what transformers' ``generate`` has prepared."""
     policy: Policy = own["policy"]
     exits = require_exits(model)
-    padding, positions = _inputs(model, input_ids, generation_config, model_kwargs)
+    padding, positions = padding_and_positions(model, input_ids, generation_config, model_kwargs)
     check_stages(policy, exits)
     check_processors(logits_processor)
     if own["speculation"] == "rejection" and not generation_config.do_sample:
@@ -390,71 +332,10 @@ def _prepared(
             )
         if not generation_config.return_dict_in_generate:
             return record.ids[:, : record.length]
-        output = _output(job, record, policy.certificate, mismatches)
-        return output if units is None else _marked(output, units)
+        output = output_of(job, record, policy.certificate, mismatches)
+        return output if units is None else marked(output, units)
     finally:
         executor.end()
-
-
-def _inputs(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> tuple[Tensor | None, Tensor]:
-    """Refuse what is not supported; return padding ``[batch, prompt]`` and all positions."""
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UnsupportedError(
-            f"{mode.value.replace('_', ' ')} is not supported under a policy: use greedy "
-            "decoding or sampling"
-        )
-    if config.return_dict_in_generate:
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(config, name, False):
-                raise UnsupportedError(f"`{name}=True` is not supported under a policy")
-    if model_kwargs.get("use_cache") is False:
-        raise UnsupportedError(
-            "`use_cache=False` is not supported under a policy: skipped layers need a cache"
-        )
-    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
-        raise UnsupportedError(
-            "`inputs_embeds` without `input_ids` is not supported under a policy"
-        )
-    cache = model_kwargs.pop("past_key_values", None)
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UnsupportedError(
-            "a filled `past_key_values` is not supported under a policy: pass the whole prompt"
-        )
-    mask = model_kwargs.pop("attention_mask", None)
-    given = model_kwargs.pop("position_ids", None)
-    left = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED
-    )
-    if left:
-        raise UnsupportedError(f"model inputs not supported under a policy: {', '.join(left)}")
-    padding = None
-    if mask is not None and not bool((mask != 0).all()):
-        padding = mask == 0
-        if bool(padding[:, -1].any()):
-            raise InvalidArgumentError(
-                "attention_mask",
-                "padding on the right",
-                "padding on the left (`padding_side='left'`)",
-            )
-    return padding, _positions(input_ids, padding, given, config.max_length)
-
-
-def _positions(
-    input_ids: Tensor, padding: Tensor | None, given: Tensor | None, max_length: int
-) -> Tensor:
-    batch, prompt = input_ids.shape
-    if given is None:
-        real = torch.ones_like(input_ids) if padding is None else (~padding).to(torch.int64)
-        given = (real.cumsum(dim=-1) - 1).clamp(min=0)
-    given = given[:, -prompt:].expand(batch, prompt)
-    later = torch.arange(1, max_length - prompt + 1, device=input_ids.device)
-    return torch.cat([given, given[:, -1:] + later], dim=1)
 
 
 def _job(
@@ -480,7 +361,7 @@ def _job(
     )
     put = noting(own["emitted"], put)
     details = bool(config.return_dict_in_generate)
-    keys = _unit_keys(own, input_ids).to(input_ids.device)
+    keys = row_keys(own, input_ids).to(input_ids.device)
     capture: Capture | None = own["capture"]
     if capture is None:
         stack = stack_for(executor, exits, policy.mode, costs, rows=rows, most=most)
@@ -514,7 +395,7 @@ def _job(
         keep_logits=details and bool(config.output_logits),
         keys=keys,
         seed=own["seed"],
-        resumed=_resumed(own, config, processors, input_ids),
+        resumed=resumed_counts(own, config, processors, input_ids),
     )
 
 
@@ -529,19 +410,6 @@ def _watched(job: Job, watch: Watch) -> Job:
     )
 
 
-def _marked(output: AdaptiveOutput, units: tuple[Watched, ...]) -> AdaptiveOutput:
-    """Say which rows were inside the certificate."""
-    output.monitored = units
-    output.inside = torch.tensor([unit.inside for unit in units])
-    outside = [unit.unit.number for unit in units if not unit.inside]
-    output.certified = bool(output.certified) and not outside
-    if outside and output.certificate is not None:
-        note = f"It does not apply to the units {outside}: they ran outside the policy."
-        notes = (*output.certificate.notes, note)
-        output.certificate = dataclasses.replace(output.certificate, holds=False, notes=notes)
-    return output
-
-
 def _drop(tokens: Tensor) -> None:
     """No streamer: tokens go nowhere."""
 
@@ -553,82 +421,4 @@ def _noise(
         return None
     if own["random"] == "generate":
         return StreamNoise()
-    return KeyedNoise(_unit_keys(own, input_ids), own["seed"])
-
-
-def _unit_keys(own: dict[str, Any], input_ids: Tensor) -> Tensor:
-    """Return the number of each row's unit, int64 ``[batch]``."""
-    batch = input_ids.shape[0]
-    units = torch.arange(batch) if own["units"] is None else torch.as_tensor(own["units"])
-    if units.shape != (batch,):
-        raise InvalidArgumentError(
-            "units", tuple(units.shape), f"one number per row, shape ({batch},)"
-        )
-    return units.to(torch.int64)
-
-
-def _resumed(
-    own: dict[str, Any],
-    config: GenerationConfig,
-    processors: LogitsProcessorList,
-    input_ids: Tensor,
-) -> Tensor | None:
-    """Check that begun texts can be gone on with."""
-    if own["resumed"] is None:
-        return None
-    plain = not config.do_sample and not processors and own["policy"].mode == "exact"
-    counts = torch.as_tensor(own["resumed"]).to(input_ids.device)
-    if not plain or counts.shape != (input_ids.shape[0],) or bool((counts < 1).any()):
-        raise InvalidArgumentError(
-            "resumed",
-            own["resumed"],
-            "one count >= 1 per row, with greedy decoding, no processors and mode 'exact'",
-        )
-    return counts
-
-
-def _output(
-    job: Job, record: Record, certificate: Certificate | None, mismatches: tuple[str, ...]
-) -> AdaptiveOutput:
-    generated = record.generated
-    stages = record.stages[:, :generated]
-    return AdaptiveOutput(
-        sequences=record.ids[:, : record.length],
-        scores=tuple(record.scores) if job.keep_scores else None,
-        logits=tuple(record.logits) if job.keep_logits else None,
-        past_key_values=_cache(job),
-        exit_stages=stages,
-        exit_scores=record.exit_scores[:, :generated],
-        agreement=record.agreement[:, :generated],
-        mean_depth=mean_depth(stages, job.exits.layers, job.stack.executor.layers),
-        certified=certificate is not None and certificate.holds and not mismatches,
-        mismatches=mismatches,
-        certificate=_voided(certificate, mismatches),
-    )
-
-
-def _voided(certificate: Certificate | None, mismatches: tuple[str, ...]) -> Certificate | None:
-    """Return the certificate, or outside its conditions one that says it no longer holds."""
-    if certificate is None or not mismatches:
-        return certificate
-    notes = tuple(f"It does not hold for this run: {mismatch}." for mismatch in mismatches)
-    return dataclasses.replace(certificate, holds=False, notes=(*certificate.notes, *notes))
-
-
-def mean_depth(stages: Tensor, exits: tuple[int, ...], layers: int) -> float:
-    """Mean number of layers behind a generated token, the first (the prompt's) not counted."""
-    later = stages[:, 1:]
-    depth = torch.tensor([*exits, layers], dtype=torch.float64, device=stages.device)
-    real = later >= 0
-    if not bool(real.any()):
-        return float(layers)
-    return float(depth[later[real]].mean())
-
-
-def _cache(job: Job) -> DynamicCache:
-    """Hand over keys and values in transformers' form, every layer at the same length."""
-    cache = DynamicCache()
-    for layer in range(job.stack.executor.layers):
-        keys, values = job.stack.executor.keys_values(layer)
-        cache.update(keys, values, layer)
-    return cache
+    return KeyedNoise(row_keys(own, input_ids), own["seed"])

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from adaptive._executor import TokenExecutor, attention_mask
 from adaptive._families import Readout, family_of, layers_of
 from adaptive._families._layer import (
-    AbstractNorm,
     Attention,
-    Layer,
     Matrix,
     NotNativeError,
     matrix,
 )
 from adaptive._families._rope import check_length, longest_text, rotary_of, unknown_scheme
+from adaptive._packing import addresses, by_group, hooked, part, stack_norms, stack_projections
+from adaptive._span import Apart, Placed, Reach, Span, Window
 from adaptive._tokens import Layout, Tokens, visible
 
 #: Above this many queries the group of a key head is not folded into the query rows.
@@ -34,71 +30,6 @@ _EVEN = 4
 #: From this size of a layer's key and value weights on, reading them twice costs more than the
 #: few operations per layer that save it.
 _LARGE = 2**19
-
-
-class _Reach(NamedTuple):
-    """What the queries of a run may see, for layers with the same window.
-
-    Keys from slot ``low`` on; ``mask``, if there is one, is over these.
-    """
-
-    low: int
-    mask: Tensor | None
-    causal: bool
-
-
-class _Apart(NamedTuple):
-    """Single tokens of a run: all that are written, and how those with queries are laid out."""
-
-    written: Tokens
-    layout: Layout
-    stop: int
-
-
-class Window(NamedTuple):
-    """Successive slots that only the device knows, for runs of one shape wherever they are.
-
-    Parameters
-    ----------
-    slots : Tensor, int64 [n]
-        Ascending; those below 0 hold nothing.
-    stop : int
-        Keys below are read; more than any of ``slots``.
-    tables, reach : dict
-        See :class:`_Span`.
-    """
-
-    slots: Tensor
-    stop: int
-    tables: dict[str | None, tuple[Tensor, Tensor]]
-    reach: dict[int | None, _Reach]
-
-
-class _Placed(NamedTuple):
-    """Slots of a window that are written, int64 ``[n]``, and where the keys that are read end."""
-
-    into: Tensor
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Slots that one run covers, and what its layers share.
-
-    Keys and values are written for ``first .. stop - 1``, queries asked for ``start .. stop - 1``;
-    ``waiting``, normalised without gain, are the tokens in between that have stopped. Tables and
-    reach are found under a layer's ``rope`` and ``window``. Single tokens of some rows run as one
-    row, and a window's slots are tensors: ``place`` then says where each token belongs, and the
-    three numbers count tokens.
-    """
-
-    first: int
-    start: int
-    stop: int
-    tables: dict[str | None, tuple[Tensor, Tensor]]
-    reach: dict[int | None, _Reach]
-    waiting: Tensor | None
-    place: _Apart | _Placed | None = None
 
 
 class NativeExecutor(TokenExecutor):
@@ -136,28 +67,28 @@ class NativeExecutor(TokenExecutor):
         self._rope_of = [self._ropes.index(layer.attention.rope) for layer in self._layers]
         self._windows = {layer.attention.window for layer in self._layers}
         self._capped = any(layer.attention.softcap is not None for layer in self._layers)
-        mixed = _stack_projections(self._layers)
+        mixed = stack_projections(self._layers)
         self._mixed = [
             Matrix(weight, None if mixed.bias is None else mixed.bias[index])
             for index, weight in enumerate(mixed.weight)
         ]
         queries = self.heads * self.head_width // self.groups
-        self._kv = _by_group(mixed.weight, self.groups)[:, :, queries:]
+        self._kv = by_group(mixed.weight, self.groups)[:, :, queries:]
         self._kv_bias = (
-            None if mixed.bias is None else _by_group(mixed.bias, self.groups)[:, :, queries:]
+            None if mixed.bias is None else by_group(mixed.bias, self.groups)[:, :, queries:]
         )
-        self._norms = _stack_norms([layer.norm for layer in self._layers])
+        self._norms = stack_norms([layer.norm for layer in self._layers])
         key_norms = [layer.attention.key_norm for layer in self._layers]
-        self._key_norms = _stack_norms([norm for norm in key_norms if norm is not None])
+        self._key_norms = stack_norms([norm for norm in key_norms if norm is not None])
         on_cpu = self._kv.device.type == "cpu"
         self._thin = on_cpu and self._kv.dtype == torch.float32
         self._together = on_cpu and self._kv[0].nbytes >= _LARGE
-        self._addresses = _addresses(modules)
+        self._addresses = addresses(modules)
         self._modules = modules
 
     def stale(self) -> bool:
         """Whether parameters were replaced since they were packed, or a layer was hooked into."""
-        return _addresses(self._modules) != self._addresses or any(map(_hooked, self._modules))
+        return addresses(self._modules) != self._addresses or any(map(hooked, self._modules))
 
     def begin(
         self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
@@ -219,7 +150,7 @@ class NativeExecutor(TokenExecutor):
             rope: (cos[:, :, :, first:stop], sin[:, :, :, first:stop])
             for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
         }
-        span = _Span(first, start, stop, tables, self._reaches(start, stop), waiting)
+        span = Span(first, start, stop, tables, self._reaches(start, stop), waiting)
         kept = None if frozen is None else frozen[:, None, None]
         for index in range(low, high):
             output = self._run_layer(index, hidden, span)
@@ -259,8 +190,8 @@ class NativeExecutor(TokenExecutor):
         reach = {
             window: self._look_apart(tokens, layout, slots, window) for window in self._windows
         }
-        apart = _Apart(written, layout, tokens.reach[1] + 1)
-        span = _Span(0, late, written.count, tables, reach, bare, apart)
+        apart = Apart(written, layout, tokens.reach[1] + 1)
+        span = Span(0, late, written.count, tables, reach, bare, apart)
         hidden = hidden[None]
         for index in range(low, high):
             hidden = self._run_layer(index, hidden, span)
@@ -286,7 +217,7 @@ class NativeExecutor(TokenExecutor):
             mask = visible(lines, padding, low=0, stop=stop, window=width)
             if 1 < queries <= _FOLD_LIMIT:  # once for all layers
                 mask = mask.repeat(1, 1, groups, 1)
-            reach[width] = _Reach(0, mask, False)
+            reach[width] = Reach(0, mask, False)
         return Window(slots, stop, tables, reach)
 
     def embed_window(self, ids: Tensor, window: Window) -> Tensor:
@@ -312,8 +243,8 @@ class NativeExecutor(TokenExecutor):
         if waiting is not None:
             late, bare = waiting.shape[1], self._layers[low].norm.bare(waiting)
         count = late + hidden.shape[1]
-        place = _Placed(into, window.stop)
-        span = _Span(0, late, count, window.tables, window.reach, bare, place)
+        place = Placed(into, window.stop)
+        span = Span(0, late, count, window.tables, window.reach, bare, place)
         kept = None if frozen is None else frozen[:, None, None]
         for index in range(low, high):
             output = self._run_layer(index, hidden, span)
@@ -371,7 +302,7 @@ class NativeExecutor(TokenExecutor):
         span = high - low
         assert self._norms is not None
         bare = self._norms.bare(hidden).reshape(1, batch * count, width)
-        normed = _part(self._norms, low, high, axes=1).finish(bare)[:, None]
+        normed = part(self._norms, low, high, axes=1).finish(bare)[:, None]
         weights = self._kv[low:high]
         if self._thin and batch * count <= _THIN:
             both = torch.matmul(weights, normed.transpose(2, 3)).transpose(2, 3)
@@ -382,7 +313,7 @@ class NativeExecutor(TokenExecutor):
         both = both.reshape(span, self.groups, batch, count, 2, -1, self.head_width)
         keys, values = both.permute(4, 0, 2, 1, 5, 3, 6)
         if self._key_norms is not None:
-            norm = _part(self._key_norms, low, high, axes=4)
+            norm = part(self._key_norms, low, high, axes=4)
             keys = norm.finish(norm.bare(keys))
         shape = (span, batch, self.kv_heads, count, self.head_width)
         return _rotate(keys, cos, sin).reshape(shape), values.reshape(shape)
@@ -414,40 +345,40 @@ class NativeExecutor(TokenExecutor):
         del self._keys, self._values, self._cos, self._sin
         self._padding = None
 
-    def _reaches(self, start: int, stop: int) -> dict[int | None, _Reach]:
+    def _reaches(self, start: int, stop: int) -> dict[int | None, Reach]:
         """Say what queries ``start .. stop - 1`` may see; the runs of one token share it."""
         if self._reach_key != (start, stop):
             self._reach_key = (start, stop)
             self._reach = {window: self._look(start, stop, window) for window in self._windows}
         return self._reach
 
-    def _look(self, start: int, stop: int, window: int | None) -> _Reach:
+    def _look(self, start: int, stop: int, window: int | None) -> Reach:
         count = stop - start
         inside = window is None or stop <= window
         plain = self._padding is None and inside and not self._capped
         if plain and start == 0 and count > 1:
-            return _Reach(0, None, True)
+            return Reach(0, None, True)
         low = 0 if window is None else max(0, start + 1 - window)
         if self._padding is None and count == 1:
-            return _Reach(low, None, False)
+            return Reach(low, None, False)
         mask = attention_mask(
             self._padding, start=start, count=count, window=window, device=self._keys.device
         )
-        return _Reach(low, None if mask is None else mask[..., low:], False)
+        return Reach(low, None if mask is None else mask[..., low:], False)
 
     def _look_apart(
         self, tokens: Tokens, layout: Layout, slots: Tensor, window: int | None
-    ) -> _Reach:
+    ) -> Reach:
         """Say what single tokens may see; nothing is hidden from tokens at one slot."""
         lowest, highest = tokens.reach
         low = 0 if window is None else max(0, lowest + 1 - window)
         if self._padding is None and lowest == highest:
-            return _Reach(low, None, False)
+            return Reach(low, None, False)
         padding = None if self._padding is None else layout.of(self._padding)
         mask = visible(slots, padding, low=low, stop=highest + 1, window=window)
-        return _Reach(low, mask, False)
+        return Reach(low, mask, False)
 
-    def _run_layer(self, index: int, hidden: Tensor, span: _Span) -> Tensor:
+    def _run_layer(self, index: int, hidden: Tensor, span: Span) -> Tensor:
         """One decoder layer over ``hidden [batch, n, width]``."""
         layer = self._layers[index]
         normed = layer.norm(hidden)
@@ -467,7 +398,7 @@ class NativeExecutor(TokenExecutor):
             added = layer.feedforward_post(added)
         return after + added
 
-    def _project(self, index: int, normed: Tensor, span: _Span) -> Tensor:
+    def _project(self, index: int, normed: Tensor, span: Span) -> Tensor:
         """Write keys and values; return queries ``[batch, heads, n, head width]``."""
         attention = self._layers[index].attention
         mixed = self._heads(self._product(normed, self._mixed[index]))
@@ -481,7 +412,7 @@ class NativeExecutor(TokenExecutor):
         self._write(index, turned[:, :, queries:], mixed[:, :, :, rotated:], span)
         return self._merged(turned[:, :, :queries])
 
-    def _project_waiting(self, index: int, normed: Tensor, span: _Span, waiting: Tensor) -> Tensor:
+    def _project_waiting(self, index: int, normed: Tensor, span: Span, waiting: Tensor) -> Tensor:
         """Like ``_project``; waiting tokens get keys and values from the same read of the weights.
 
         Only the newest tokens have queries.
@@ -522,14 +453,14 @@ class NativeExecutor(TokenExecutor):
         batch, _, _, count, width = states.shape
         return states.reshape(batch, -1, count, width)
 
-    def _write(self, index: int, keys: Tensor, values: Tensor, span: _Span) -> None:
+    def _write(self, index: int, keys: Tensor, values: Tensor, span: Span) -> None:
         """Keep keys as rotated, ``[batch, groups, heads, n, width]``, and values as projected."""
         keys, values = self._merged(keys), values.flatten(2, 3)
         place = span.place
         if place is None:
             self._keys[index, :, :, span.first : span.stop] = keys
             self._values[index, :, :, span.first : span.stop] = values.transpose(1, 2)
-        elif isinstance(place, _Placed):
+        elif isinstance(place, Placed):
             self._keys[index].index_copy_(2, place.into, keys)
             self._values[index].index_copy_(2, place.into, values.transpose(1, 2))
         else:
@@ -549,12 +480,12 @@ class NativeExecutor(TokenExecutor):
         turned = turned if by.bias is None else turned + by.bias
         return turned.reshape(batch, count, -1)
 
-    def _attend(self, index: int, query: Tensor, span: _Span) -> Tensor:
+    def _attend(self, index: int, query: Tensor, span: Span) -> Tensor:
         """Attention of ``query [batch, heads, n, head width]`` over the slots in reach."""
         attention = self._layers[index].attention
         reach = span.reach[attention.window]
         place = span.place
-        if not isinstance(place, _Apart):
+        if not isinstance(place, Apart):
             stop = span.stop if place is None else place.stop
             keys = self._keys[index, :, :, reach.low : stop]
             values = self._values[index, :, :, reach.low : stop]
@@ -567,7 +498,7 @@ class NativeExecutor(TokenExecutor):
         return layout.pick(attended).flatten(1)[None]
 
     def _attended(
-        self, query: Tensor, keys: Tensor, values: Tensor, reach: _Reach, attention: Attention
+        self, query: Tensor, keys: Tensor, values: Tensor, reach: Reach, attention: Attention
     ) -> Tensor:
         """From ``query [batch, heads, n, head width]`` to ``[batch, n, heads, head width]``."""
         batch, heads, count, width = query.shape
@@ -615,7 +546,7 @@ def why_not_native(model: PreTrainedModel) -> str | None:
     if len({(parameter.device, parameter.dtype) for parameter in parameters}) != 1:
         return "parameters are on several devices or of several dtypes"
     for index, module in enumerate(layers_of(model)):
-        if _hooked(module):
+        if hooked(module):
             return f"layer {index} carries hooks"
         try:
             layer = native.layer(module, index, model.config)
@@ -649,84 +580,3 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if width < states.shape[-1]:
         return torch.cat((_rotate(states[..., :width], cos, sin), states[..., width:]), dim=-1)
     return torch.addcmul(states * cos, torch.roll(states, width // 2, dims=-1), sin)
-
-
-def _stack(layers: list[list[Tensor]]) -> Tensor:
-    """Pack the parameters of every layer into one tensor ``[layers, rows, ...]``.
-
-    The parameters become views of it, values unchanged.
-    """
-    first = layers[0][0]
-    shape = (len(layers), sum(parameter.shape[0] for parameter in layers[0]), *first.shape[1:])
-    stacked = torch.empty(shape, dtype=first.dtype, device=first.device)
-    for packed, parameters in zip(stacked, layers, strict=True):
-        torch.cat([parameter.data for parameter in parameters], out=packed)
-        row = 0
-        for parameter in parameters:
-            rows = parameter.shape[0]
-            parameter.data = packed[row : row + rows]
-            row += rows
-    return stacked
-
-
-def _stack_projections(layers: list[Layer]) -> Matrix:
-    """Query, key and value weights of all layers, ``[layers, rows, width]``, and their biases."""
-    modules: list[tuple[Any, ...]] = [layer.attention.projections for layer in layers]
-    first = modules[0][0]
-    weights = _stack([[module.weight for module in own] for own in modules])
-    if type(first) is not nn.Linear:  # kept transposed
-        weights = weights.transpose(1, 2)
-    if first.bias is None:
-        return Matrix(weights, None)
-    return Matrix(weights, _stack([[module.bias for module in own] for own in modules]))
-
-
-def _by_group(stacked: Tensor, groups: int) -> Tensor:
-    """``[layers, rows, ...]`` to ``[layers, groups, rows of a group, ...]``."""
-    return stacked.unflatten(1, (groups, -1))
-
-
-def _stack_norms(norms: list[AbstractNorm]) -> AbstractNorm | None:
-    """One norm with the parameters of all layers, ``[layers, width]``, if there are any."""
-    if not norms:
-        return None
-    columns = zip(*(norm.parameters for norm in norms), strict=True)
-    return norms[0].holding(tuple(_stack([[value] for value in column]) for column in columns))
-
-
-def _part(norms: AbstractNorm, low: int, high: int, *, axes: int) -> AbstractNorm:
-    """Layers ``low .. high - 1`` of stacked norms, for states with ``axes`` axes in between."""
-    return norms.holding(
-        tuple(value[low:high].view(high - low, *(1,) * axes, -1) for value in norms.parameters)
-    )
-
-
-def _addresses(modules: list[nn.Module]) -> tuple[int, ...]:
-    """Where every parameter lives."""
-    return tuple(parameter.data_ptr() for module in modules for parameter in module.parameters())
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Whether anything of a layer does more than its class says.
-
-    The hooks that transformers leaves behind after ``output_hidden_states=True`` only look.
-    """
-    return any(
-        "forward" in module.__dict__
-        or any(
-            getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        )
-        for module in layer.modules()
-    )
-
-
-def is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two logit tensors agree to the rounding of their dtype."""
-    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2}.get(
-        theirs.dtype, 8e-2
-    )
-    difference = (ours.float() - theirs.float()).abs().max().item()
-    return math.isfinite(difference) and difference <= tolerance * (
-        1 + theirs.float().abs().max().item()
-    )

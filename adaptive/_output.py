@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from adaptive._decode import Job, Record
 from adaptive._monitor_records import Watched
 from adaptive.calibration import Certificate
 
@@ -54,3 +58,64 @@ class AdaptiveOutput(GenerateDecoderOnlyOutput):
     certificate: Certificate | None = None
     inside: torch.Tensor | None = None
     monitored: tuple[Watched, ...] | None = None
+
+
+def output_of(
+    job: Job, record: Record, certificate: Certificate | None, mismatches: tuple[str, ...]
+) -> AdaptiveOutput:
+    """Report on a run; ``mismatches`` say why its certificate does not apply."""
+    generated = record.generated
+    stages = record.stages[:, :generated]
+    return AdaptiveOutput(
+        sequences=record.ids[:, : record.length],
+        scores=tuple(record.scores) if job.keep_scores else None,
+        logits=tuple(record.logits) if job.keep_logits else None,
+        past_key_values=_cache(job),
+        exit_stages=stages,
+        exit_scores=record.exit_scores[:, :generated],
+        agreement=record.agreement[:, :generated],
+        mean_depth=mean_depth(stages, job.exits.layers, job.stack.executor.layers),
+        certified=certificate is not None and certificate.holds and not mismatches,
+        mismatches=mismatches,
+        certificate=_voided(certificate, mismatches),
+    )
+
+
+def _voided(certificate: Certificate | None, mismatches: tuple[str, ...]) -> Certificate | None:
+    """Return the certificate, or outside its conditions one that says it no longer holds."""
+    if certificate is None or not mismatches:
+        return certificate
+    notes = tuple(f"It does not hold for this run: {mismatch}." for mismatch in mismatches)
+    return dataclasses.replace(certificate, holds=False, notes=(*certificate.notes, *notes))
+
+
+def mean_depth(stages: Tensor, exits: tuple[int, ...], layers: int) -> float:
+    """Mean number of layers behind a generated token, the first (the prompt's) not counted."""
+    later = stages[:, 1:]
+    depth = torch.tensor([*exits, layers], dtype=torch.float64, device=stages.device)
+    real = later >= 0
+    if not bool(real.any()):
+        return float(layers)
+    return float(depth[later[real]].mean())
+
+
+def _cache(job: Job) -> DynamicCache:
+    """Hand over keys and values in transformers' form, every layer at the same length."""
+    cache = DynamicCache()
+    for layer in range(job.stack.executor.layers):
+        keys, values = job.stack.executor.keys_values(layer)
+        cache.update(keys, values, layer)
+    return cache
+
+
+def marked(output: AdaptiveOutput, units: tuple[Watched, ...]) -> AdaptiveOutput:
+    """Say which rows were inside the certificate."""
+    output.monitored = units
+    output.inside = torch.tensor([unit.inside for unit in units])
+    outside = [unit.unit.number for unit in units if not unit.inside]
+    output.certified = bool(output.certified) and not outside
+    if outside and output.certificate is not None:
+        note = f"It does not apply to the units {outside}: they ran outside the policy."
+        notes = (*output.certificate.notes, note)
+        output.certificate = dataclasses.replace(output.certificate, holds=False, notes=notes)
+    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import weakref
 from typing import Literal
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from adaptive._executor import AbstractExecutor
 from adaptive._generic import GenericExecutor
 from adaptive._memory import ran_out
-from adaptive._native import NativeExecutor, is_close, why_not_native
+from adaptive._native import NativeExecutor, why_not_native
 from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
 Tier = Literal["native", "generic"]
@@ -89,7 +90,7 @@ def _self_check(model: PreTrainedModel) -> str | None:
         # another release of transformers may build the family's models otherwise
         reason = f"its parts are not as the family describes them ({error})"
     else:
-        if is_close(ours, theirs):
+        if _close(ours, theirs):
             _native[model] = executor
             return None
         reason = "its logits differ from the model's own on a short text"
@@ -109,3 +110,14 @@ def _last_logits(executor: NativeExecutor, tokens: Tensor) -> Tensor:
     hidden = executor.run(0, executor.layers, hidden, length - 1)
     executor.end()
     return executor.readout(hidden)[:, -1]
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two logit tensors agree to the rounding of their dtype."""
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2}.get(
+        theirs.dtype, 8e-2
+    )
+    difference = (ours.float() - theirs.float()).abs().max().item()
+    return math.isfinite(difference) and difference <= tolerance * (
+        1 + theirs.float().abs().max().item()
+    )

@@ -104,7 +104,12 @@ def part_a(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     if options.compiled:
         others["static cache, compiled"] = {"compiled": True}
     return full_depth(
-        model, options, clock, tiers=("native", "generic"), batches=(1, 8, 32), others=others
+        model,
+        options,
+        clock,
+        tiers=("native", "generic"),
+        batches=tuple(map(int, options.batches.split(","))),
+        others=others,
     )
 
 
@@ -335,6 +340,7 @@ def main() -> None:
     parser = command_line(__doc__, out="decode.json", parts="abcd", rounds=11, tokens=33, steps=64)
     parser.add_argument("--families", default="GPTNeoX,GPT2,Phi3,Gemma2", help="part e")
     parser.add_argument("--compiled", action="store_true", help="part a")
+    parser.add_argument("--batches", default="1,8,32", help="part a")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build(options)

@@ -291,7 +291,7 @@ def _prepared(
         model,
         executor,
         policy.mode,
-        rows=input_ids.shape[0],
+        rows=1 if own["capture"] is not None else input_ids.shape[0],  # these stay together
         max_pending=own["max_pending"],
         tier=own["tier"],
     )

@@ -25,6 +25,7 @@ import torch
 import adaptive._calibrate, adaptive._calibrate_classifier, adaptive._collect
 from adaptive import ExitTraining, calibrate, collect_trace, get_exits
 from adaptive._distributed import process, processes
+from adaptive._schedule_costs import ScheduleCosts
 from adaptive.calibration import DeltaLedger
 from adaptive.classifiers import collect_predictions
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
@@ -41,7 +42,12 @@ def seconds(model, units, policies, **_):
 def seconds_per_row(stages, inputs, policies, **_):
     return seconds(stages, inputs, policies)
 
+def schedule_costs(model, exits, policy, **_):
+    assert process() == 0
+    return ScheduleCosts(np.arange(1.0, len(exits.layers) + 2), np.full(len(exits.layers), 0.01))
+
 adaptive._calibrate.seconds_per_token = seconds
+adaptive._calibrate.schedule_costs = schedule_costs
 adaptive._calibrate_classifier.seconds_per_row = seconds_per_row
 adaptive._collect.stage_seconds = lambda model, exits, **_: np.arange(1.0, len(exits.layers) + 2)
 

@@ -63,6 +63,7 @@ from workshop import (
 )
 
 from adaptive import generate
+from adaptive._costs import costs_of
 from adaptive._exits import require_exits
 from adaptive._native import NativeExecutor
 from adaptive._tier import executor_for
@@ -127,7 +128,8 @@ def theirs(kind: Any, counts: Counts) -> Iterator[None]:
 def ours(model: PreTrainedModel, ids: Tensor, settings: dict[str, Any], exit: int) -> Counts:
     """Count the drafts of a policy that always stops, and those of them that stayed."""
     counts = Counts()
-    executor_for(model)  # its self-check embeds tokens of its own
+    executor_for(model)  # its self-check embeds tokens of its own, and so does its timing
+    costs_of(model)
     embed = NativeExecutor.embed
 
     def counted(self: NativeExecutor, tokens: Tensor, start: int) -> Tensor:
@@ -185,7 +187,10 @@ def measured(
     always = Policy(ProbeScore(), Prescribed((exit,)), stages=(exit,), mode="verify")
     sure = Policy(ProbeScore(), Threshold(SURE), stages=(exit,), mode="verify")
     add("model.generate", plain)
-    plans = [(f"verify, {drafts} drafts", always, drafts) for drafts in LENGTHS]
+    plans: list[tuple[str, Policy, int | None]] = [
+        (f"verify, {drafts} drafts", always, drafts) for drafts in LENGTHS
+    ]
+    plans.append(("verify, as many as measured", always, None))
     if trained:
         plans.append(("verify, drafts while sure", sure, LENGTHS[-1]))
     for name, policy, drafts in plans:

@@ -196,6 +196,7 @@ NOT_DEPLOYED = {
     *("exponential_weights", "geometric_allocation", "geometric_rates", "inflated_thresholds"),
     *("linear_programme", "two_stage_allocation", "calm_policy", "decaying_vocabulary"),
     *("wald_boundaries", "BetaMixtureTracker", "budget_certificate", "mean_cost_bound"),
+    *("asked_at", "choose_stages", "expected_cost"),
     *("exit_stages", "unit_costs", "unit_keys", "unit_losses", "keyed_noise"),
     *("oracle_stages", "regret", "expected_readout", "halting_distribution"),
     *("truncated_distribution", "risk_consistency", "textual_consistency"),

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from adaptive._executor import AbstractExecutor
+from adaptive._executor import AbstractExecutor, TokenExecutor
 from adaptive._families._rope import longest_text
 from adaptive._tier import Tier, executor_for
+from adaptive._tokens import Tokens
 
 #: Numbers of tokens that are timed.
 _TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -26,9 +27,15 @@ _ROUNDS = 5
 #: A pass that takes at most this much more per token than the best one is as good.
 _SLACK = 1.05
 _BEFORE = 8
-#: Seconds per layer that single tokens take longer than whole rows: indices instead of slices.
-_PICKING = 1.5e-4
+#: Layers that are run to compare rows apart with rows together.
+_SPAN = 8
+#: Rows go apart where half of them take less than this part of what all take: the loop around
+#: them has more to do then.
+_WORTH = 0.9
 _known: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], Costs]] = (
+    weakref.WeakKeyDictionary()
+)
+_shares: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], float]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -64,14 +71,6 @@ class Costs:
         return self.tokens[int(np.argmax(each <= _SLACK * each.min()))]
 
 
-def pays_apart(costs: Costs, rows: int) -> bool:
-    """Whether a layer on half of the rows, picked out one by one, takes less than on all.
-
-    Where launching operators is what takes the time, a pass takes as long for few rows as for all.
-    """
-    return costs.of_layer(rows) - costs.of_layer(rows / 2) > _PICKING
-
-
 def _at(tokens: tuple[int, ...], seconds: tuple[float, ...], count: float) -> float:
     if count <= tokens[-1]:
         return float(np.interp(count, tokens, seconds))
@@ -94,11 +93,55 @@ def costs_of(model: PreTrainedModel, *, tier: Tier | None = None) -> Costs:
         depends on them and tokens never do.
     """
     executor = executor_for(model, tier=tier)
-    key = (type(executor), model.device, model.dtype, torch.get_num_threads())
+    key = _place(executor, model)
     found = _known.setdefault(model, {})
     if key not in found:
         found[key] = measure(executor, model.device, room=_room(model))
     return found[key]
+
+
+def pays_apart(model: PreTrainedModel, rows: int, *, tier: Tier | None = None) -> bool:
+    """Whether layers on half of the rows, picked out one by one, take clearly less than on all.
+
+    Where launching operators is what takes the time, they do not: a pass takes as long for few
+    rows as for all, and picking adds operators. Measured once per model, process and number of
+    rows, in a few passes.
+    """
+    executor = executor_for(model, tier=tier)
+    if not isinstance(executor, TokenExecutor):
+        return False
+    key = (rows, *_place(executor, model))
+    found = _shares.setdefault(model, {})
+    if key not in found:
+        found[key] = share_of_half(executor, model.device, rows=rows)
+    return found[key] < _WORTH
+
+
+@torch.no_grad()
+def share_of_half(executor: TokenExecutor, device: torch.device, *, rows: int) -> float:
+    """Time of layers on half of the rows, by themselves, over that on all; before ``begin``."""
+    length = _BEFORE + 1
+    positions = torch.arange(length, device=device)[None].expand(rows, -1)
+    executor.begin(batch_size=rows, max_length=length, padding=None, positions=positions)
+    try:
+        ids = torch.ones(rows, length, dtype=torch.int64, device=device)
+        hidden = executor.embed(ids, 0)
+        executor.run(0, executor.layers, hidden[:, :_BEFORE], 0)
+        newest, half = hidden[:, _BEFORE:], np.arange(rows // 2)
+        places = np.full_like(half, _BEFORE)
+        picked = Tokens(half, places, places + 1, device=device)
+        span = min(executor.layers, _SPAN)
+        whole = _fastest(executor, partial(executor.run, 0, span, newest, _BEFORE))
+        states = newest[: len(half), 0]
+        apart = _fastest(executor, partial(executor.run_tokens, 0, span, states, picked))
+    finally:
+        executor.end()
+    return apart / whole
+
+
+def _place(executor: AbstractExecutor, model: PreTrainedModel) -> tuple[object, ...]:
+    """Return what times depend on beside the model."""
+    return type(executor), model.device, model.dtype, torch.get_num_threads()
 
 
 def _room(model: PreTrainedModel) -> int:

@@ -47,7 +47,7 @@ from adaptive._settings import (
     decoding_settings,
 )
 from adaptive._speculation import SpeculationMode
-from adaptive._stacking import device_stack_for, inbox, needed_costs, stack_for
+from adaptive._stacking import device_stack_for, goes_apart, inbox, needed_costs, stack_for
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
 from adaptive.calibration import (
@@ -287,13 +287,10 @@ def _prepared(
     if monitor is not None:
         watch = begin_watch(monitor, policy, exits, rows=input_ids.shape[0])
     executor = executor_for(model, tier=own["tier"])
-    costs = needed_costs(
-        model,
-        executor,
-        policy.mode,
-        rows=1 if own["capture"] is not None else input_ids.shape[0],  # these stay together
-        max_pending=own["max_pending"],
-        tier=own["tier"],
+    costs = needed_costs(model, policy.mode, max_pending=own["max_pending"], tier=own["tier"])
+    # a step in fixed shapes keeps its rows together
+    apart = own["capture"] is None and goes_apart(
+        model, policy.mode, rows=input_ids.shape[0], tier=own["tier"]
     )
     executor.begin(
         batch_size=input_ids.shape[0],
@@ -313,6 +310,7 @@ def _prepared(
             exits,
             executor,
             costs,
+            apart=apart,
         )
         if watch is not None:
             job = _watched(job, watch)
@@ -349,6 +347,8 @@ def _job(
     exits: Exits,
     executor: AbstractExecutor,
     costs: Costs | None,
+    *,
+    apart: bool,
 ) -> Job:
     policy: Policy = own["policy"]
     rows = input_ids.shape[0]
@@ -364,7 +364,7 @@ def _job(
     keys = row_keys(own, input_ids).to(input_ids.device)
     capture: Capture | None = own["capture"]
     if capture is None:
-        stack = stack_for(executor, exits, policy.mode, costs, rows=rows, most=most)
+        stack = stack_for(executor, exits, policy.mode, rows=rows, most=most, apart=apart)
     else:
         if policy.mode == "exact" and own["max_pending"] is None:
             most = max(1, most // rows)  # a window has its slots in every row

@@ -24,18 +24,19 @@ _MAX_DRAFTS = 32
 
 
 def needed_costs(
-    model: PreTrainedModel,
-    executor: AbstractExecutor,
-    mode: Mode,
-    *,
-    rows: int,
-    max_pending: int | None,
-    tier: Tier | None,
+    model: PreTrainedModel, mode: Mode, *, max_pending: int | None, tier: Tier | None
 ) -> Costs | None:
-    """Measure the model if something is to be chosen by it; before ``executor`` begins."""
-    may_go_apart = rows > 1 and mode != "verify" and isinstance(executor, TokenExecutor)
-    inbox_is_open = mode != "propagate" and max_pending is None
-    return costs_of(model, tier=tier) if may_go_apart or inbox_is_open else None
+    """Measure the model if its costs are to choose how many wait; before a run begins."""
+    open_inbox = mode != "propagate" and max_pending is None
+    return costs_of(model, tier=tier) if open_inbox else None
+
+
+def goes_apart(model: PreTrainedModel, mode: Mode, *, rows: int, tier: Tier | None) -> bool:
+    """Whether rows of a batch go their own ways: where that saves time; before a run begins.
+
+    Never in ``verify`` mode, where all rows are cut back to the first wrong draft of any.
+    """
+    return rows > 1 and mode != "verify" and pays_apart(model, rows, tier=tier)
 
 
 def inbox(mode: Mode, costs: Costs | None) -> int:
@@ -49,16 +50,12 @@ def stack_for(
     executor: AbstractExecutor,
     exits: Exits,
     mode: Mode,
-    costs: Costs | None,
     *,
     rows: int,
     most: int,
+    apart: bool,
 ) -> AbstractStack:
-    """Let rows of a batch go their own ways where that saves time, else stay together.
-
-    Together in ``verify`` mode, where all rows are cut back to the first wrong draft of any.
-    """
-    apart = rows > 1 and mode != "verify" and costs is not None and pays_apart(costs, rows)
+    """Let rows of a batch go their own ways, or stay together."""
     if not apart or not isinstance(executor, TokenExecutor):
         shared = PropagateStack if mode == "propagate" else ExactStack
         return shared(executor, exits.layers)

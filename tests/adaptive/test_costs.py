@@ -25,11 +25,24 @@ def test_an_efficient_pass_is_the_smallest_that_is_as_good_as_any() -> None:
     assert bent.efficient == 4
 
 
-def test_rows_go_apart_only_where_fewer_rows_take_less() -> None:
-    slow = Costs((1, 8), (1e-3, 4e-3), (1e-3, 1e-3))
-    bound_by_launches = Costs((1, 8), (1.0e-4, 1.1e-4), (1e-4, 1e-4))
-    assert pays_apart(slow, 8)
-    assert not pays_apart(bound_by_launches, 8)
+@pytest.mark.parametrize(("picked", "together"), [(5.0, False), (8.0, True), (11.0, True)])
+def test_rows_go_apart_only_where_fewer_rows_take_less(
+    picked: float, together: bool, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass over all rows takes 8.5: half of them must take clearly less to be worth it."""
+    calls: list[str] = []
+
+    def timed(executor: Any, work: Any) -> float:
+        work()  # the pass that is timed can be made
+        calls.append(work.func.__name__)
+        return picked if calls[-1] == "run_tokens" else 8.5
+
+    monkeypatch.setattr(_costs, "_fastest", timed)
+    model = helpers.tiny("llama")
+    assert pays_apart(model, 5) is not together
+    assert pays_apart(model, 5) is not together
+    assert calls == ["run", "run_tokens"]  # measured once
+    assert not pays_apart(model, 5, tier="generic")
 
 
 def test_costs_between_and_beyond_what_was_measured() -> None:

@@ -63,7 +63,7 @@ def test_what_a_token_sees() -> None:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of models this small would stay together: nothing is saved."""
-    monkeypatch.setattr(_stacking, "pays_apart", lambda *_: True)
+    monkeypatch.setattr(_stacking, "pays_apart", lambda *_, **__: True)
 
 
 @pytest.fixture

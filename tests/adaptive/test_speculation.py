@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from dataclasses import dataclass, replace
 from functools import cache
@@ -73,8 +74,9 @@ class Swapped(Rejection):
 class Replacing(Rejection):
     """Wrong: replaces from another distribution than the normalised positive part of p - q."""
 
+    @abc.abstractmethod
     def weights(self, early: Tensor, full: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the wrong twin draws from."""
 
     def judge(self, prefix: Tensor, logits: Tensor, index: int, **given: Any) -> Verdict:
         early = self._distribution(prefix, given["draft"].logits)

@@ -20,8 +20,8 @@ from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._distributed import from_first
 from adaptive._encoders import is_classifier
-from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, booked, parted, total_units
-from adaptive._exits import Exits, get_exits
+from adaptive._evidence import Facts, booked, total_units
+from adaptive._exits import Exits
 from adaptive._families import family_of, layers_of
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
@@ -31,10 +31,11 @@ from adaptive._run import Run
 from adaptive._runs import full_depth, require_same_work, run_units
 from adaptive._schedule_costs import schedule_costs
 from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
+from adaptive._split import Split, in_batches, split_units
 from adaptive._stages import is_staged
 from adaptive._tier import Tier
 from adaptive._timing import seconds_per_token
-from adaptive._train import ExitTraining, train_exits
+from adaptive._train import ExitTraining
 from adaptive._train_classifier import ClassifierTraining
 from adaptive.calibration import (
     Certificate,
@@ -270,7 +271,7 @@ def calibrate(
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
     settings = deployment.settings(model)
     require_same_work(model, units)
-    split = _split(model, units, training=training, rng=int(rng), progress=progress)
+    split = split_units(model, units, training=training, rng=int(rng), progress=progress)
     exits = split.exits
     family = (
         Policy(ProbeScore(), Threshold(), stages=tuple(range(len(exits.layers))))
@@ -341,70 +342,13 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Units by role, and the exits they go with."""
-
-    exits: Exits
-    fit: Units
-    test: Units
-    trained: int
-    overlapping: int
-    repeated: int
-
-    def record(self, seed: int) -> dict[str, Any]:
-        """Return what the certificate says of the split."""
-        return {
-            "seed": seed,
-            "n_fit": len(self.fit),
-            "n_test": len(self.test),
-            "n_train_exits": self.trained,
-            "removed_because_they_shaped_the_exits": self.overlapping,
-            "removed_repetitions": self.repeated,
-            "fit_units": list(self.fit.ids),
-            "test_units": list(self.test.ids),
-        }
-
-
-def _split(
-    model: PreTrainedModel, units: Units, *, training: ExitTraining | None, rng: int, progress: bool
-) -> _Split:
-    """Train exits if there are none; keep what shaped them out; part the rest in fit and test."""
-    distinct = units.distinct()
-    repeated = len(units) - len(distinct)
-    exits, trained = get_exits(model), 0
-    if exits is None:
-        shaping, distinct = parted(distinct, TRAIN_SHARE, rng)
-        trained = len(shaping)
-        exits = train_exits(
-            model,
-            [{"input_ids": list(prompt)} for prompt in shaping.prompts],
-            training=training,
-            rng=rng,
-            progress=progress,
-        )
-    shaped = set(exits.record.units)
-    kept = [i for i, name in enumerate(distinct.ids) if name not in shaped]
-    overlapping = len(distinct) - len(kept)
-    if overlapping:
-        _log.info("%d prompts shaped the exits and are left out", overlapping)
-    if len(kept) < 2:
-        raise InvalidArgumentError(
-            "dataset",
-            len(kept),
-            "at least 2 distinct prompts that did not shape the exits",
-        )
-    fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
-    return _Split(exits, fit, test, trained, overlapping, repeated)
-
-
-@dataclass(frozen=True)
 class _Bench:
     """Everything a calibration runs on."""
 
     model: PreTrainedModel
     exits: Exits
     deployment: Deployment
-    split: _Split
+    split: Split
     family: Policy
     loss: UnitLoss
     tier: Tier | None
@@ -667,12 +611,6 @@ class _Bench:
         )
         never = self.family.member(float("inf"))
         return replace(never, certificate=facts.completed(certificate))
-
-
-def in_batches(units: Units, size: int) -> Units:
-    """Whole batches of units, in the order given (the split's, which is random), as clusters."""
-    count = len(units) // size * size
-    return replace(units.select(range(count)), groups=np.repeat(np.arange(count // size), size))
 
 
 def mean_run_depth(runs: Sequence[Run], exits: tuple[int, ...], layers: int) -> float:

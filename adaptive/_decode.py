@@ -170,13 +170,13 @@ def decode(job: Job) -> Record:
         if other is not None:
             job = replace(job, policy=other)
             state = other.init(job.prompt.shape[0], device=job.prompt.device)
-        step, state = (_stepped if on_device else walk)(job, record, state)
+        step, state = walk(job, record, state)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
         if not kept and job.seen is None and job.chooser.noise is not None:
             job.chooser.noise.release(record.generated)
         going = record.add(job, tokens, Step(step.stages, step.exit_scores, step.logits, scores))
-        if job.stack.pending >= job.max_pending:
+        if not on_device and job.stack.pending >= job.max_pending:  # else it sees to that itself
             job.stack.settle()
     if job.labels:
         label(job, record)
@@ -237,8 +237,10 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
     """Take the newest token of every row as deep as the policy wants.
 
     Rows whose token no longer counts never hold the batch up. One flag per row is read at each
-    segment boundary.
+    segment boundary; none if the stack's step has fixed shapes.
     """
+    if isinstance(job.stack, DeviceStack):
+        return _stepped(job, record, job.stack, state)
     slot = record.length - 1
     stack, exits, policy = job.stack, job.exits, job.policy
     assert isinstance(stack, HostStack)
@@ -285,14 +287,15 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
     return Step(way.stages, way.scores, logits), policy.advance(state)
 
 
-def _stepped(job: Job, record: Record, state: State) -> tuple[Step, State]:
+def _stepped(job: Job, record: Record, stack: DeviceStack, state: State) -> tuple[Step, State]:
     """Take the newest token of every row as deep as the policy wants, without looking.
 
     The stack keeps the policy's state, and writes the outcome to the same place every time.
     """
-    stack = job.stack
-    assert isinstance(stack, DeviceStack)
     stack.step(record.ids, record.active)
+    if job.policy.mode == "verify":  # drafts are looked at later, and may be taken back
+        step = Step(stack.stages.clone(), stack.scores.clone(), stack.logits.clone())
+        return step, {key: value.clone() for key, value in stack.state.items()}
     kept = job.keep_scores or job.keep_logits
     logits = stack.logits.clone() if kept else stack.logits
     return Step(stack.stages, stack.scores, logits), state

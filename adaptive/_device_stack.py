@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptive._exits import Exits
 from adaptive._native import NativeExecutor
+from adaptive._pieces import Perform, every
 from adaptive._stack import AbstractStack
 from adaptive.policies import Policy, State, keyed_noise
 
@@ -27,9 +28,12 @@ class DeviceStack(AbstractStack):
     A token's way is cut into pieces that a CUDA graph can hold: ``begin``; for every deeper segment
     ``carry``, in one of two shapes, and ``ask``; ``finish``; ``flush``. They take and return no
     tensors, read and write such as stay in their place, and never ask for a value. Who runs them
-    looks at flags: ``going`` says whether any row goes on to the next segment, ``alone`` and
-    ``crowded`` in which shape it does, ``overdue`` whether no more slots may wait. ``way`` says
-    the first three in one number: 0, 1 or 2.
+    looks at flags: ``going[s]`` says whether any row goes on to segment ``s``, ``alone[s]`` and
+    ``crowded[s]`` in which shape it does, ``overdue`` whether no more slots may wait. ``way[s]``
+    says the first three in one number: 0, 1 or 2.
+
+    A piece may be compiled. What changes from token to token is then in tensors, not in numbers
+    of Python; ``stop`` is one and seldom changes.
 
     If nothing waits in front of a segment, the newest token passes it alone. Else a window of fixed
     size does, the newest slot and ``most`` before it: a few tokens more cost next to nothing where
@@ -46,7 +50,7 @@ class DeviceStack(AbstractStack):
     batch : int
         Rows.
     most : int
-        Slots that may be pending.
+        Slots that may be pending; as many as that are settled at the end of a step.
     keys : Tensor, int64 [batch]
         Key of each row's unit, for rules that read noise.
     seed : int
@@ -81,6 +85,8 @@ class DeviceStack(AbstractStack):
             {"logits", "answer"} & policy.needs_at(stage) for stage in policy.stages
         )
         self._at = -1
+        #: Keys below this slot are read.
+        self.stop = 0
 
     def prefill(self, ids: Tensor, *, chunk: int | None = None) -> Tensor:
         """See :class:`AbstractStack`."""
@@ -95,10 +101,16 @@ class DeviceStack(AbstractStack):
         """Lay down every tensor that lives from one piece to another; ``like [batch, width]``."""
         batch, width = like.shape
         device = like.device
-        self.going = torch.zeros((), dtype=torch.bool, device=device)
-        self.alone, self.crowded, self.overdue = (torch.zeros_like(self.going) for _ in range(3))
-        self.way = torch.zeros((), dtype=torch.int64, device=device)
+        self.overdue = torch.zeros((), dtype=torch.bool, device=device)
+        # of segment 0 too, where nobody looks: then the others are at their own numbers
+        self.going, self.alone, self.crowded = (
+            [torch.zeros_like(self.overdue) for _ in range(self.segments)] for _ in range(3)
+        )
+        self.way = [
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(self.segments)
+        ]
         self.slot = torch.full((1,), self._at, device=device)
+        self.origin = torch.full((1,), self._origin, device=device)
         self.filled = torch.full((self.segments,), self._origin, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.running = torch.ones(batch, dtype=torch.bool, device=device)
@@ -106,15 +118,15 @@ class DeviceStack(AbstractStack):
         self.stages = torch.zeros(batch, dtype=torch.int64, device=device)
         self.scores = torch.zeros(batch, device=device)
         self.hidden = like.new_zeros(batch, 1, width)
-        self.states, self.previous = torch.zeros_like(like), torch.zeros_like(like)
+        self.states, self.previous = (like.new_zeros(batch, width) for _ in range(2))
         self.ring = like.new_zeros(self._rings, batch, self.most + 1, width)
         self.logits = torch.zeros_like(self.executor.readout(like))
         self.state = self._policy.init(batch, device=device)
         self._behind = torch.arange(-self.most, 1, device=device)
-        self._room = self.executor.void - self._origin
         self._finals: Tensor | None = None
         if self.keep_finals and self._settles:
-            self._finals = like.new_zeros(batch, self._room + 1, width)
+            room = self.executor.void - self._origin
+            self._finals = like.new_zeros(batch, room + 1, width)
 
     @property
     @abc.abstractmethod
@@ -128,8 +140,8 @@ class DeviceStack(AbstractStack):
 
     @property
     def pending(self) -> int:
-        """See :class:`AbstractStack`: none that the loop has to see to."""
-        return 0
+        """See :class:`AbstractStack`: one value that the host reads."""
+        return int(self.slot + 1 - self.filled[-1])
 
     def step(self, ids: Tensor, active: Tensor) -> None:
         """Take the newest token of every row as deep as the policy wants.
@@ -146,12 +158,11 @@ class DeviceStack(AbstractStack):
         self.ids = ids
         self.active.copy_(active)
         self._at += 1
+        self.stop = max(self.stop, self._bucket(self._at + 1))  # so windows of a bucket stay
         self._runner.run(self)
 
-    @property
-    def stop(self) -> int:
-        """Keys below this slot are read; stays the same for many tokens."""
-        length = self._at + 1
+    def _bucket(self, length: int) -> int:
+        """Where to stop reading keys: the same for many lengths."""
         grain = max(_BUCKET, 2 ** (length.bit_length() - 3))
         return min(-(-length // grain) * grain, self.executor.void)
 
@@ -164,7 +175,7 @@ class DeviceStack(AbstractStack):
         self.hidden.copy_(hidden)
         self.states.copy_(hidden[:, 0])
         self.running.copy_(self.active)
-        self.position.copy_((self.slot + (1 - self._origin)).expand(self.batch))
+        self.position.copy_((self.slot - self.origin + 1).expand(self.batch))
         self.stages.fill_(len(self._exits.layers))
         self.scores.fill_(float("nan"))
         self.ask(0)
@@ -222,11 +233,13 @@ class DeviceStack(AbstractStack):
         self.running.logical_and_(~stop)
         self.previous.copy_(here)
         self._asked(segment)
-        self.going.copy_(self.running.any())
-        waiting = self.slot[0] > self.filled[segment + 1]
-        self.crowded.copy_(self.going & waiting)
-        self.alone.copy_(self.going & ~waiting)
-        self.way.copy_(self.going.to(torch.int64) + self.crowded)
+        deeper = segment + 1
+        going = self.running.any()
+        waiting = self.slot[0] > self.filled[deeper]
+        self.going[deeper].copy_(going)
+        self.crowded[deeper].copy_(going & waiting)
+        self.alone[deeper].copy_(going & ~waiting)
+        self.way[deeper].copy_(going.to(torch.int64) + (going & waiting))
 
     def finish(self) -> None:
         """Read every row where it stopped; the policy's state is that behind the token."""
@@ -245,30 +258,26 @@ class DeviceStack(AbstractStack):
 
     def settle(self) -> None:
         """See :class:`AbstractStack`."""
-        if self._at >= self._origin:
-            self.flush()
+        if self.pending and self._policy.mode == "verify":
+            self._runner.settle(self)
+        elif self.pending:
+            self.flush()  # once at the end, which no capture is worth
         self.executor.reached(0, self.executor.layers, self._at + 1)
 
-    def rehearse(self) -> None:
+    def rehearse(self, perform: Perform) -> None:
         """Run every piece once, and put everything back: kernels are loaded, nothing has changed.
 
         Keys and values that are written stay; they are written again before they are read.
         """
         kept = [
-            *(self.going, self.alone, self.crowded, self.way, self.overdue, self.slot),
-            *(self.filled, self.running, self.position),
+            *(*self.going, *self.alone, *self.crowded, *self.way, self.overdue),
+            *(self.slot, self.filled, self.running, self.position),
             *(self.stages, self.scores, self.hidden, self.states, self.previous, self.ring),
             *(self.logits, *self.state.values()),
         ]
         before = [value.clone() for value in kept]
-        self.begin()
-        self.look()
-        for segment in range(1, self.segments):
-            self.carry(segment, alone=True)
-            self.carry(segment, alone=False)
-            self.ask(segment)
-        self.finish()
-        self.flush()
+        for piece in every(self.segments):
+            perform(self, piece)
         for value, old in zip(kept, before, strict=True):
             value.copy_(old)
 
@@ -277,10 +286,11 @@ class DeviceStack(AbstractStack):
 
     def _remember(self, state: State) -> None:
         """Write a policy's state where it is read from."""
-        own = {id(value) for value in self.state.values()}
+        old = tuple(self.state.values())
         new = {key: value for key, value in state.items() if value is not self.state[key]}
-        # one entry may have become another's old value
-        new = {key: value.clone() if id(value) in own else value for key, value in new.items()}
+        for key, value in new.items():
+            if any(value is other for other in old):  # one entry has become another's old value
+                new[key] = value.clone()
         for key, value in new.items():
             self.state[key].copy_(value)
 
@@ -329,10 +339,27 @@ class ExactDeviceStack(DeviceStack):
     def _settles(self) -> bool:
         return True
 
+    def _begun(self, length: int) -> None:
+        super()._begun(length)
+        self._taken = length
+
     def take_finals(self) -> Tensor:
         """See :class:`AbstractStack`."""
         assert self._finals is not None
-        return self._finals[:, : self._at + 1 - self._origin]
+        first, self._taken = self._taken, self._at + 1
+        return self._finals[:, first - self._origin : self._taken - self._origin]
+
+    def truncate(self, length: int) -> None:
+        """Forget the slots from ``length`` on (nothing may be pending)."""
+        self.executor.truncate(length)
+        self._at = length - 1
+        self._taken = min(self._taken, length)
+        self.slot.fill_(self._at)
+        self.filled.clamp_(max=length)
+
+    def recall(self, state: State) -> None:
+        """Go back to a state that the policy was in."""
+        self._remember(state)
 
     def _frozen(self) -> None:
         """None: rows that stopped are settled along with the others."""
@@ -343,7 +370,7 @@ class ExactDeviceStack(DeviceStack):
     def _carry_alone(self, segment: int) -> None:
         super()._carry_alone(segment)
         if segment == self.segments - 1 and self._finals is not None:
-            self._finals.index_copy_(1, self.slot - self._origin, self.hidden)
+            self._finals.index_copy_(1, self.slot - self.origin, self.hidden)
 
     def _carry_window(self, segment: int) -> None:
         self.hidden.copy_(self._pass(segment)[:, -1:])
@@ -365,8 +392,7 @@ class ExactDeviceStack(DeviceStack):
             ahead = torch.where(pending[None, :, None], done, kept)
             self.ring[segment].index_copy_(1, self._order, ahead)
         elif self._finals is not None:
-            at = torch.where(pending, self._slots - self._origin, self._room)
-            self._finals.index_copy_(1, at, done)
+            self._finals.index_copy_(1, into - self.origin, done)
         return done
 
 

@@ -85,6 +85,7 @@ def generate(
     max_pending: int | None = None,
     tier: Tier | None = None,
     capture: Capture | None = None,
+    compiled: bool = False,
     **model_kwargs: Any,
 ) -> AdaptiveOutput | Tensor:
     """Generate text under a policy.
@@ -147,6 +148,11 @@ def generate(
         each boundary (``"segments"``), or the same operators uncaptured, on any device
         (``"none"``). Native tier, ``exact`` and ``propagate`` mode. ``None`` lets the host decide
         segment by segment.
+    compiled : bool
+        Compile the parts of such a step with ``torch.compile``: what lies between the products is
+        fused, and the check behind a segment with it. Alone it means ``capture="none"``. The first
+        call takes a minute or more, and so does the first of another policy, number of rows
+        or length; results differ by rounding.
     **model_kwargs
         Model inputs and generation settings, as for ``model.generate``. A ``tokenizer`` given to
         the verb is compared with the certificate's. (``stop_strings`` needs
@@ -197,6 +203,8 @@ def generate(
         raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
     if max_pending is not None and max_pending < 1:
         raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
+    if compiled and capture is None:
+        capture = "none"
     if capture is not None:
         check_capture(capture, monitor, resumed)
     own = {
@@ -211,6 +219,7 @@ def generate(
         "max_pending": max_pending,
         "tier": tier,
         "capture": capture,
+        "compiled": compiled,
     }
     family_of(model)
     if model_kwargs.get("assistant_model") is not None:
@@ -369,7 +378,14 @@ def _job(
         if policy.mode == "exact" and own["max_pending"] is None:
             most = max(1, most // rows)  # a window has its slots in every row
         stack = device_stack_for(
-            executor, exits, policy, keys=keys, seed=own["seed"], most=most, capture=capture
+            executor,
+            exits,
+            policy,
+            keys=keys,
+            seed=own["seed"],
+            most=most,
+            capture=capture,
+            compiled=own["compiled"],
         )
     return Job(
         policy=policy,

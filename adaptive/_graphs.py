@@ -11,23 +11,35 @@ import torch
 from torch import Tensor
 
 from adaptive._memory import ran_out
+from adaptive._pieces import Perform, Piece, perform, perform_compiled
 from adaptive.calibration import UnsupportedError
 
 if TYPE_CHECKING:
     from adaptive._device_stack import DeviceStack
 
-#: Name, segment, and whether the newest token passes it alone.
-_Piece = tuple[str, int, bool]
 #: How a step of fixed shapes is run.
 Capture = Literal["step", "segments", "none"]
 
 
 class AbstractRunner(abc.ABC):
-    """Runs the pieces of a :class:`adaptive._device_stack.DeviceStack` for one token."""
+    """Runs the pieces of a :class:`adaptive._device_stack.DeviceStack` for one token.
+
+    Parameters
+    ----------
+    perform : callable
+        Carries a piece out.
+    """
+
+    def __init__(self, perform: Perform = perform) -> None:
+        self._perform = perform
 
     @abc.abstractmethod
     def run(self, stack: DeviceStack) -> None:
         """Run the pieces that the flags ask for."""
+
+    @abc.abstractmethod
+    def settle(self, stack: DeviceStack) -> None:
+        """Run the piece that pays what every segment is owed."""
 
 
 class BySegment(AbstractRunner):
@@ -35,45 +47,51 @@ class BySegment(AbstractRunner):
 
     def run(self, stack: DeviceStack) -> None:
         """See :class:`AbstractRunner`."""
-        self._do(stack, ("begin", 0, True))
+        self._do(stack, Piece("begin"))
         for segment in range(1, stack.segments):
-            way = int(stack.way)
+            way = int(stack.way[segment])
             if way == 0:
                 break
-            self._do(stack, ("segment", segment, way == 1))
-        self._do(stack, ("finish", 0, True))
+            self._do(stack, Piece("segment", segment, alone=way == 1))
+        self._do(stack, Piece("finish"))
         if bool(stack.overdue):
-            self._do(stack, ("flush", 0, True))
+            self._do(stack, Piece("flush"))
+
+    def settle(self, stack: DeviceStack) -> None:
+        """See :class:`AbstractRunner`."""
+        self._do(stack, Piece("flush"))
 
     @abc.abstractmethod
-    def _do(self, stack: DeviceStack, piece: _Piece) -> None:
+    def _do(self, stack: DeviceStack, piece: Piece) -> None:
         """Run one piece."""
 
 
 class Direct(BySegment):
     """Operator by operator, on any device."""
 
-    def _do(self, stack: DeviceStack, piece: _Piece) -> None:
-        _work(stack, piece)
+    def _do(self, stack: DeviceStack, piece: Piece) -> None:
+        self._perform(stack, piece)
 
 
 class SegmentGraphs(BySegment):
     """One CUDA graph per piece, for any torch."""
 
-    def __init__(self) -> None:
-        self._graphs: dict[tuple[_Piece, int], torch.cuda.CUDAGraph] = {}
+    def __init__(self, perform: Perform = perform) -> None:
+        super().__init__(perform)
+        self._graphs: dict[tuple[Piece, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._rehearsed = False
+        #: End of the bucket for which kernels are ready.
+        self._rehearsed = 0
 
-    def _do(self, stack: DeviceStack, piece: _Piece) -> None:
+    def _do(self, stack: DeviceStack, piece: Piece) -> None:
         key = piece, stack.stop
         if key not in self._graphs:
-            if not self._rehearsed:
-                _rehearse(stack)
-                self._rehearsed = True
+            if self._rehearsed != stack.stop:
+                _rehearse(stack, self._perform)
+                self._rehearsed = stack.stop
             graph = torch.cuda.CUDAGraph()
             with _capturing(graph, self._pool):
-                _work(stack, piece)
+                self._perform(stack, piece)
             self._graphs[key] = graph
         self._graphs[key].replay()
 
@@ -84,77 +102,79 @@ class StepGraph(AbstractRunner):
     The host reads nothing. For torch from 2.12 and CUDA from 12.4 on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, perform: Perform = perform) -> None:
+        super().__init__(perform)
         if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
             raise UnsupportedError(
                 f"`capture='step'` needs conditional nodes, which torch {torch.__version__} does "
                 "not have here (CUDA builds have them from 2.12 on): pass 'segments'"
             )
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        #: By the end of the bucket, and whether of a step or of what settles it.
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, stack: DeviceStack) -> None:
         """See :class:`AbstractRunner`."""
-        if stack.stop not in self._graphs:
-            _rehearse(stack)
+
+        def whole(graph: torch.cuda.CUDAGraph) -> None:
+            self._perform(stack, Piece("begin"))
+            self._nest(graph, stack, 1)
+            self._perform(stack, Piece("finish"))
+            with only_if(graph, stack.overdue):
+                self._perform(stack, Piece("flush"))
+
+        self._replay((stack.stop, True), stack, whole)
+
+    def settle(self, stack: DeviceStack) -> None:
+        """See :class:`AbstractRunner`."""
+        self._replay((stack.stop, False), stack, lambda _: self._perform(stack, Piece("flush")))
+
+    def _replay(
+        self,
+        key: tuple[int, bool],
+        stack: DeviceStack,
+        work: Callable[[torch.cuda.CUDAGraph], None],
+    ) -> None:
+        if key not in self._graphs:
+            _rehearse(stack, self._perform)
             graph = torch.cuda.CUDAGraph()
             with _capturing(graph, self._pool):
-                stack.begin()
-                self._nest(graph, stack, 1)
-                stack.finish()
-                with only_if(graph, stack.overdue):
-                    stack.flush()
-            self._graphs[stack.stop] = graph
-        self._graphs[stack.stop].replay()
+                work(graph)
+            self._graphs[key] = graph
+        self._graphs[key].replay()
 
     def _nest(self, graph: torch.cuda.CUDAGraph, stack: DeviceStack, segment: int) -> None:
-        """Capture a segment, and inside its body those behind it."""
+        """Capture a segment, and inside a body those behind it."""
         if segment < stack.segments:
-            with only_if(graph, stack.going):
-                if segment == 1:
-                    stack.look()
-                with only_if(graph, stack.alone):
-                    stack.carry(segment, alone=True)
-                with only_if(graph, stack.crowded):
-                    stack.carry(segment, alone=False)
-                stack.ask(segment)
+            with only_if(graph, stack.going[segment]):
+                for flag, alone in ((stack.alone, True), (stack.crowded, False)):
+                    with only_if(graph, flag[segment]):
+                        self._perform(stack, Piece("segment", segment, alone))
                 self._nest(graph, stack, segment + 1)
 
 
-def runner_for(capture: Capture) -> AbstractRunner:
-    """Return a runner.
+def runner_for(capture: Capture, *, compiled: bool = False) -> AbstractRunner:
+    """Return a runner, of pieces that are compiled or not.
 
     Raises
     ------
     UnsupportedError
         If this torch has no conditional nodes.
     """
-    kinds: dict[Capture, Callable[[], AbstractRunner]] = {
+    kinds: dict[Capture, Callable[[Perform], AbstractRunner]] = {
         "none": Direct,
         "segments": SegmentGraphs,
         "step": StepGraph,
     }
-    return kinds[capture]()
+    return kinds[capture](perform_compiled if compiled else perform)
 
 
-def _work(stack: DeviceStack, piece: _Piece) -> None:
-    """Do what a piece names."""
-    name, segment, alone = piece
-    if name == "segment":
-        if not alone:
-            stack.look()
-        stack.carry(segment, alone=alone)
-        stack.ask(segment)
-    else:
-        {"begin": stack.begin, "finish": stack.finish, "flush": stack.flush}[name]()
-
-
-def _rehearse(stack: DeviceStack) -> None:
+def _rehearse(stack: DeviceStack, perform: Perform) -> None:
     """Run every piece once on a stream of its own, as captures ask for."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        stack.rehearse()
+        stack.rehearse(perform)
     torch.cuda.current_stream().wait_stream(stream)
 
 

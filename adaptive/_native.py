@@ -101,6 +101,8 @@ class NativeExecutor(TokenExecutor):
         shape = (self.layers, batch_size, self.kv_heads, max_length + 1, self.head_width)
         self._keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # a compiled run may only change whole tensors in place: of slices it would copy the rest
+        self._own_keys, self._own_values = self._keys.unbind(0), self._values.unbind(0)
         self._length = [0] * self.layers
         self._padding = padding
         self._positions = positions
@@ -258,8 +260,9 @@ class NativeExecutor(TokenExecutor):
         ropes = [self._ropes[index] for index in self._ropes_of(low, high)]
         cos, sin = (torch.stack([window.tables[rope][kind] for rope in ropes]) for kind in (0, 1))
         keys, values = self._filled(low, high, hidden, cos, sin)
-        self._keys[low:high].index_copy_(3, into, keys)
-        self._values[low:high].index_copy_(3, into, values)
+        for index in range(low, high):
+            self._own_keys[index].index_copy_(2, into, keys[index - low])
+            self._own_values[index].index_copy_(2, into, values[index - low])
 
     def reached(self, low: int, high: int, stop: int) -> None:
         """Say that runs over windows have written these layers up to ``stop``."""
@@ -342,7 +345,7 @@ class NativeExecutor(TokenExecutor):
 
     def end(self) -> None:
         """See :class:`TokenExecutor`."""
-        del self._keys, self._values, self._cos, self._sin
+        del self._keys, self._values, self._own_keys, self._own_values, self._cos, self._sin
         self._padding = None
 
     def _reaches(self, start: int, stop: int) -> dict[int | None, Reach]:
@@ -461,8 +464,8 @@ class NativeExecutor(TokenExecutor):
             self._keys[index, :, :, span.first : span.stop] = keys
             self._values[index, :, :, span.first : span.stop] = values.transpose(1, 2)
         elif isinstance(place, Placed):
-            self._keys[index].index_copy_(2, place.into, keys)
-            self._values[index].index_copy_(2, place.into, values.transpose(1, 2))
+            self._own_keys[index].index_copy_(2, place.into, keys)
+            self._own_values[index].index_copy_(2, place.into, values.transpose(1, 2))
         else:
             rows, slots = place.written.rows, place.written.slots
             self._keys[index, rows, :, slots] = keys[0].transpose(0, 1)
@@ -487,8 +490,8 @@ class NativeExecutor(TokenExecutor):
         place = span.place
         if not isinstance(place, Apart):
             stop = span.stop if place is None else place.stop
-            keys = self._keys[index, :, :, reach.low : stop]
-            values = self._values[index, :, :, reach.low : stop]
+            keys = self._own_keys[index][:, :, reach.low : stop]
+            values = self._own_values[index][:, :, reach.low : stop]
             return self._attended(query, keys, values, reach, attention).flatten(2)
         layout, stop = place.layout, place.stop
         keys = layout.of(self._keys[index, :, :, reach.low : stop])

@@ -73,19 +73,18 @@ def device_stack_for(
     seed: int,
     most: int,
     capture: Capture,
+    compiled: bool,
 ) -> DeviceStack:
     """Stack the layers so that a step has fixed shapes; one row per key.
 
     Raises
     ------
     UnsupportedError
-        On the generic tier, in ``verify`` mode, without a GPU where one is needed.
+        On the generic tier, without a GPU where one is needed.
     """
     reason = None
     if not isinstance(executor, NativeExecutor):
         reason = "the generic tier, whose layers decide on shapes of their own"
-    elif policy.mode == "verify":
-        reason = "mode 'verify', which takes drafts back"
     elif _needs_cuda(capture, keys):
         reason = f"a model on {keys.device.type!r}: CUDA graphs are for CUDA devices"
     if reason is not None:
@@ -97,10 +96,11 @@ def device_stack_for(
         exits,
         policy,
         batch=len(keys),
-        most=most,
+        # in `verify` mode the loop settles when there are `most` drafts, to judge them
+        most=most + (policy.mode == "verify"),
         keys=keys,
         seed=seed,
-        runner=runner_for(capture),
+        runner=runner_for(capture, compiled=compiled),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptive._decode import Job, Record, Step, first_token, walk
+from adaptive._device_stack import ExactDeviceStack
 from adaptive._speculation import AbstractSpeculation, Draft, speculation_for
 from adaptive._stack import ExactStack
 from adaptive.policies import State
@@ -61,6 +62,8 @@ def decode_verified(job: Job) -> Record:
             going, state = _confirm(job, record, speculation, drafts, state)
             if job.draft_length is not None:
                 _learn(job, record, drafts, deep=deep)
+            if drafts.wrong and isinstance(job.stack, ExactDeviceStack):
+                job.stack.recall(state)
             drafts, most = _Drafts(), _most(job)
     _cut(job, record)
     if job.chooser.noise is not None:
@@ -103,8 +106,7 @@ def _confirm(
 
     Returns whether any row goes on, and the policy's state behind the last kept token.
     """
-    stack = job.stack
-    assert isinstance(stack, ExactStack)
+    stack = _stack_of(job)
     stack.settle()
     finals = stack.take_finals()
     count, full = len(drafts.steps), len(job.exits.layers)
@@ -150,5 +152,9 @@ def _agreeing(record: Record, drafts: _Drafts, logits: Tensor) -> list[bool]:
 
 def _cut(job: Job, record: Record) -> None:
     """Forget keys and values of what is no longer in the text; the newest token has none yet."""
-    assert isinstance(job.stack, ExactStack)
-    job.stack.truncate(record.length - 1)
+    _stack_of(job).truncate(record.length - 1)
+
+
+def _stack_of(job: Job) -> ExactStack | ExactDeviceStack:
+    assert isinstance(job.stack, ExactStack | ExactDeviceStack)
+    return job.stack

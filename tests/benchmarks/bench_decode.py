@@ -9,7 +9,7 @@ wall time. Reported are medians over rounds and, for ratios, the median of the p
 a 95 percent bootstrap interval.
 
 a  Whole calls at full depth: ours on both tiers against `model.generate` with its dynamic cache and
-   with its static one (with `--compiled` also compiled, which takes minutes), batch 1, 8 and 32.
+   with its static one (with `--compiled` also both compiled, which takes minutes), batch 1, 8 and 32.
 b  Realised over ideal speed-up of exits prescribed by position, batch 1, `propagate`. With L
    layers, a head that costs as much as h layers and mean depth d, ideal is (L + h) / (d + h):
    checks, keys and values of skipped layers and the loop itself are counted as nothing. Realised
@@ -141,6 +141,8 @@ def full_depth(
         new = options.tokens
         same = torch.equal(call(model, ids, new, full)(), call(model, ids, new, None)())
         ours = {tier: call(model, ids, new, full, tier=tier) for tier in tiers}
+        if options.compiled:
+            ours["native, compiled"] = call(model, ids, new, full, compiled=True)
         theirs = {name: _theirs(model, ids, new, **how) for name, how in (others or {}).items()}
         times = rounds(
             {"model.generate": call(model, ids, new, None)} | theirs | ours,
@@ -151,16 +153,17 @@ def full_depth(
         row = {
             "ms_per_token": {k: float(np.median(v)) / new * 1e3 for k, v in times.items()},
             "same_tokens": same,
-        } | {f"model.generate / {tier}": ratio(plain, times[tier]) for tier in tiers}
-        for name in theirs:
-            row[f"{name} / native"] = ratio(times[name], times["native"])
-            print(f"    speed of native against {name} {shown(row[f'{name} / native'])}")
+        } | {f"model.generate / {name}": ratio(plain, times[name]) for name in ours}
+        for own in (name for name in ours if name.startswith("native")):
+            for name in theirs:
+                row[f"{name} / {own}"] = ratio(times[name], times[own])
+                print(f"    speed of {own} against {name} {shown(row[f'{name} / {own}'])}")
         report[f"batch {batch}"] = row
         per_step = {name: round(value, 2) for name, value in row["ms_per_token"].items()}
         print(f"    batch {batch}, ms per step {per_step}")
-        for tier in tiers:
-            found = shown(row[f"model.generate / {tier}"])
-            print(f"    speed of {tier} against model.generate {found}")
+        for name in ours:
+            found = shown(row[f"model.generate / {name}"])
+            print(f"    speed of {name} against model.generate {found}")
     return report
 
 

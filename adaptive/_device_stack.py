@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -106,9 +107,7 @@ class DeviceStack(AbstractStack):
         self.going, self.alone, self.crowded = (
             [torch.zeros_like(self.overdue) for _ in range(self.segments)] for _ in range(3)
         )
-        self.way = [
-            torch.zeros((), dtype=torch.int64, device=device) for _ in range(self.segments)
-        ]
+        self.way = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(self.segments)]
         self.slot = torch.full((1,), self._at, device=device)
         self.origin = torch.full((1,), self._origin, device=device)
         self.filled = torch.full((self.segments,), self._origin, device=device)
@@ -127,6 +126,13 @@ class DeviceStack(AbstractStack):
         if self.keep_finals and self._settles:
             room = self.executor.void - self._origin
             self._finals = like.new_zeros(batch, room + 1, width)
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """What runs have in common that differ in lengths and in the policy's numbers."""
+        policy = self._policy
+        parts = type(policy.score), type(policy.rule), policy.stages
+        return type(self), self.batch, self.most, self.keep_finals, *parts
 
     @property
     @abc.abstractmethod

@@ -1,11 +1,11 @@
-"""What a step in fixed shapes is cut into, and how a piece is carried out: as it is, or compiled."""
+"""What a step in fixed shapes is cut into, and how a piece is carried out, compiled or not."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import itertools
+import weakref
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -14,9 +14,13 @@ from adaptive.calibration import UnsupportedError
 
 if TYPE_CHECKING:
     from adaptive._device_stack import DeviceStack
+    from adaptive._families import Readout
 
-#: Compiled forms of one piece that a process keeps: for models, policies, and kinds of shapes.
-_FORMS = 64
+#: Per model, of which every run has another executor but the same head, and kind of stack.
+_forms: weakref.WeakKeyDictionary[
+    Readout, dict[tuple[Hashable, ...], Callable[[DeviceStack], None]]
+] = weakref.WeakKeyDictionary()
+_count = itertools.count()
 
 
 class Piece(NamedTuple):
@@ -66,7 +70,7 @@ def perform_compiled(stack: DeviceStack, piece: Piece) -> None:
         If it cannot be compiled.
     """
     try:
-        _compiled(piece)(stack)
+        _compiled(stack, piece)(stack)
     except TorchDynamoException as error:
         reason = " ".join(str(error).strip().splitlines()[:2])
         raise UnsupportedError(
@@ -80,20 +84,25 @@ def perform_compiled(stack: DeviceStack, piece: Piece) -> None:
 def every(segments: int) -> list[Piece]:
     """All pieces of a step, in an order in which they may be carried out."""
     deeper = [
-        Piece("segment", segment, alone) for segment in range(1, segments) for alone in (True, False)
+        Piece("segment", segment, alone)
+        for segment in range(1, segments)
+        for alone in (True, False)
     ]
     return [Piece("begin"), *deeper, Piece("finish"), Piece("flush")]
 
 
-@functools.cache
-def _compiled(piece: Piece) -> Callable[[DeviceStack], None]:
-    def carried_out(stack: DeviceStack) -> None:
-        perform(stack, piece)
+def _compiled(stack: DeviceStack, piece: Piece) -> Callable[[DeviceStack], None]:
+    """Return a piece's compiled form, which it shares with other runs of this kind."""
+    own = _forms.setdefault(stack.executor.readout, {})
+    kind = (piece, *stack.kind)
+    if kind not in own:
 
-    # compiled forms hang on the code object: else each piece's are looked through for all, and
-    # count against one limit
-    carried_out.__code__ = carried_out.__code__.replace(co_name="_".join(map(str, piece)))
-    settings: dict[str, Any] = {"fullgraph": True}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        settings["recompile_limit"] = _FORMS
-    return torch.compile(carried_out, **settings)
+        def carried_out(stack: DeviceStack) -> None:
+            perform(stack, piece)
+
+        # What varies between calls of one code object is taken to vary ever after, widths of
+        # weights too: every kind has a code object of its own, and only lengths vary.
+        name = f"{piece.name}_{next(_count)}"
+        carried_out.__code__ = carried_out.__code__.replace(co_name=name)
+        own[kind] = torch.compile(carried_out, fullgraph=True)
+    return own[kind]

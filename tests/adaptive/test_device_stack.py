@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_a_step_can_be_compiled_whole(
 
 def _only_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(_pieces, "_compiled", functools.cache(_pieces._compiled.__wrapped__))
+    monkeypatch.setattr(_pieces, "_forms", weakref.WeakKeyDictionary())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

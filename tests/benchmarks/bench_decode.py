@@ -9,7 +9,8 @@ wall time. Reported are medians over rounds and, for ratios, the median of the p
 a 95 percent bootstrap interval.
 
 a  Whole calls at full depth: ours on both tiers against `model.generate` with its dynamic cache and
-   with its static one (with `--compiled` also both compiled, which takes minutes), batch 1, 8 and 32.
+   with its static one, batch 1, 8 and 32; with `--compiled` ours and the static one also compiled,
+   which takes minutes.
 b  Realised over ideal speed-up of exits prescribed by position, batch 1, `propagate`. With L
    layers, a head that costs as much as h layers and mean depth d, ideal is (L + h) / (d + h):
    checks, keys and values of skipped layers and the loop itself are counted as nothing. Realised

@@ -1,6 +1,6 @@
 """The step in fixed shapes: captured whole, by segment, or not; and what its parts cost.
 
-    python tests/benchmarks/bench_device.py --device cuda --dtype bfloat16 --shape 8b
+    python tests/benchmarks/bench_device.py --device cuda --dtype bfloat16 --shape 8b --compiled
     python tests/benchmarks/bench_device.py --layers 8 --width 128 --tokens 17 --rounds 3   # a look
 
 Part `calls`: whole calls, exits prescribed by position (mean depth one half) and full depth,
@@ -43,6 +43,7 @@ from workshop import (
 from adaptive._device_stack import DeviceStack, ExactDeviceStack, PropagateDeviceStack
 from adaptive._exits import require_exits
 from adaptive._graphs import Direct, only_if
+from adaptive._pieces import Perform, Piece, perform, perform_compiled
 from adaptive._tier import executor_for
 from adaptive.policies import NoScore, Policy, ProbeScore, Threshold
 
@@ -50,13 +51,16 @@ ASKED = (0, 1, 2)
 REPEATS = 20
 
 
-def captures(options: argparse.Namespace) -> list[str | None]:
-    """Kinds of steps that this machine can run; ``None`` is the host's loop."""
-    found: list[str | None] = [None, "none"]
+def kinds(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Kinds of steps that this machine can run, and the settings that ask for them."""
+    found: dict[str, dict[str, Any]] = {"host": {}, "none": {"capture": "none"}}
     if options.device.startswith("cuda"):
-        found.append("segments")
+        found["segments"] = {"capture": "segments"}
         if hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
-            found.append("step")
+            found["step"] = {"capture": "step"}
+    if options.compiled:
+        fixed = {name: how for name, how in found.items() if how}
+        found |= {f"{name}, compiled": how | {"compiled": True} for name, how in fixed.items()}
     return found
 
 
@@ -77,9 +81,9 @@ def calls(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) ->
             "model.generate": call(model, ids, options.tokens, None)
         }
         variants |= {
-            f"{name} | {capture}": call(model, ids, options.tokens, policy, capture=capture)
+            f"{name} | {kind}": call(model, ids, options.tokens, policy, **how)
             for name, policy in plan.items()
-            for capture in captures(options)
+            for kind, how in kinds(options).items()
         }
         times = rounds(variants, count=options.rounds, clock=clock)
         plain = times["model.generate"]
@@ -160,12 +164,11 @@ def pieces(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
     exact = begun(ExactDeviceStack, model, options)
     cheap = begun(PropagateDeviceStack, model, options)
 
-    def step(stack: DeviceStack) -> None:
-        stack.begin()
+    def step(stack: DeviceStack, perform: Perform = perform) -> None:
+        perform(stack, Piece("begin"))
         for segment in range(1, stack.segments):
-            stack.carry(segment, alone=True)
-            stack.ask(segment)
-        stack.finish()
+            perform(stack, Piece("segment", segment, alone=True))
+        perform(stack, Piece("finish"))
 
     found = {
         "step at full depth, propagate": seconds_of(lambda: step(cheap), cheap, clock),
@@ -177,6 +180,10 @@ def pieces(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
         "stacked fill of a window": seconds_of(cheap.flush, cheap, clock),
         "settling of a window": seconds_of(exact.flush, exact, clock),
     }
+    best = "step at full depth, propagate"
+    if options.compiled:
+        best = "step at full depth, propagate, compiled"
+        found[best] = seconds_of(lambda: step(cheap, perform_compiled), cheap, clock)
     if clock.cuda and hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
         found["IF node"] = _if_node(cheap, clock)
     read = sum(parameter.nbytes for parameter in model.parameters())
@@ -190,7 +197,7 @@ def pieces(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
         "seconds": found,
         "bytes_per_step": read,
         "seconds_at_copy_speed": limit,
-        "share_of_memory_speed": limit / found["step at full depth, propagate"],
+        "share_of_memory_speed": limit / found[best],
     }
     for name, value in found.items():
         print(f"    {name:32s} {value * 1e6:10.1f} us")
@@ -200,7 +207,7 @@ def pieces(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -
 
 def _if_node(stack: DeviceStack, clock: Clock) -> float:
     """Seconds that an IF node whose body is skipped adds, from 16 of them in a row."""
-    flag, place = torch.zeros_like(stack.going), torch.zeros(1, device=stack.slot.device)
+    flag, place = torch.zeros_like(stack.overdue), torch.zeros(1, device=stack.slot.device)
 
     def nodes(count: int) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -231,6 +238,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--patterns", default="all at one half,independent,bursty")
     parser.add_argument("--parts", default="calls,pieces")
+    parser.add_argument("--compiled", action="store_true", help="steps compiled too; takes minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build(options)

@@ -63,7 +63,7 @@ class Job:
         Goes on with texts that were begun: how many tokens at the end of each prompt are the
         run's own. Their keys and values must be the full model's (``exact`` mode).
     interrupt : callable
-        Asked before every token: ``None``, or the policy to go on with from here.
+        Asked before every token: ``None``, or the policy of full depth to go on with from here.
     seen : list of list of Tensor, optional
         Per exit, receives the hidden state ``[batch, width]`` of every token that gets there.
     """
@@ -157,7 +157,8 @@ def decode(job: Job) -> Record:
     """Generate in ``exact`` or ``propagate`` mode: every token is final when it is chosen."""
     record = Record(job)
     kept = job.labels or job.label_later
-    on_device = isinstance(job.stack, DeviceStack)
+    stack = job.stack
+    on_device = isinstance(stack, DeviceStack)
     job.stack.keep_finals = kept
     if job.resumed is None:
         going = first_token(job, record)
@@ -167,7 +168,9 @@ def decode(job: Job) -> Record:
     state = job.policy.init(job.prompt.shape[0], device=job.prompt.device)
     while going:
         other = job.interrupt()
-        if other is not None:
+        if other is not None and isinstance(stack, DeviceStack):
+            stack.close()
+        elif other is not None:
             job = replace(job, policy=other)
             state = other.init(job.prompt.shape[0], device=job.prompt.device)
         step, state = walk(job, record, state)

@@ -113,6 +113,7 @@ class DeviceStack(AbstractStack):
         self.filled = torch.full((self.segments,), self._origin, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.running = torch.ones(batch, dtype=torch.bool, device=device)
+        self.closed = torch.zeros_like(self.overdue)
         self.position = torch.zeros(batch, dtype=torch.int64, device=device)
         self.stages = torch.zeros(batch, dtype=torch.int64, device=device)
         self.scores = torch.zeros(batch, device=device)
@@ -166,6 +167,10 @@ class DeviceStack(AbstractStack):
         self._at += 1
         self.stop = max(self.stop, self._bucket(self._at + 1))  # so windows of a bucket stay
         self._runner.run(self)
+
+    def close(self) -> None:
+        """Take every token to full depth from here on."""
+        self.closed.fill_(True)
 
     def _bucket(self, length: int) -> int:
         """Where to stop reading keys: the same for many lengths."""
@@ -229,8 +234,9 @@ class DeviceStack(AbstractStack):
         features = replace(features, noise=noise, running=self.running)
         stop, score, state = policy.update(features, self.state)
         self._remember(state)
-        stop = stop & self.running
-        self.scores.copy_(torch.where(self.running, score.float(), self.scores))
+        asked = self.running & ~self.closed
+        stop = stop & asked
+        self.scores.copy_(torch.where(asked, score.float(), self.scores))
         self.stages.masked_fill_(stop, exit)
         translated = self._exits.translate(exit, here)
         self.states.copy_(torch.where(stop[:, None], translated, self.states))

@@ -108,7 +108,8 @@ def generate(
         When to stop, and what becomes of skipped layers (its ``mode``).
     monitor : Monitor, optional
         Watches the policy's promise: it may run a safer member or full depth instead, labels units
-        as planned, and is told what became of them. Every row is a unit.
+        as planned, and is told what became of them. Every row is a unit. In fallback units run
+        through the host's loop, whatever ``capture`` says.
     streamer : BaseStreamer, optional
         Receives final tokens only; in ``verify`` mode, confirmed ones.
     certified : bool
@@ -206,7 +207,7 @@ def generate(
     if compiled and capture is None:
         capture = "none"
     if capture is not None:
-        check_capture(capture, monitor, resumed)
+        check_capture(capture, resumed)
     own = {
         "policy": policy,
         "monitor": monitor,
@@ -295,6 +296,8 @@ def _prepared(
     watch = None
     if monitor is not None:
         watch = begin_watch(monitor, policy, exits, rows=input_ids.shape[0])
+        if watch.shadow is not None:  # which looks at states that no captured step hands out
+            own = own | {"capture": None}
     executor = executor_for(model, tier=own["tier"])
     costs = needed_costs(model, policy.mode, max_pending=own["max_pending"], tier=own["tier"])
     # a step in fixed shapes keeps its rows together

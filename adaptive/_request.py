@@ -18,7 +18,6 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from adaptive._graphs import Capture
-from adaptive._monitor import Monitor
 from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
 #: Keyword arguments that transformers passes to every decoding method and that change nothing here.
@@ -46,15 +45,14 @@ def check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
         )
 
 
-def check_capture(capture: Capture, monitor: Monitor | None, resumed: Tensor | None) -> None:
+def check_capture(capture: Capture, resumed: Tensor | None) -> None:
     """Refuse an unknown way to capture, and what a step in fixed shapes cannot do."""
     if capture not in get_args(Capture):
         raise InvalidArgumentError(
             "capture", capture, f"None or one of {', '.join(map(repr, get_args(Capture)))}"
         )
-    for name, value in (("monitor", monitor), ("resumed", resumed)):
-        if value is not None:
-            raise UnsupportedError(f"`{name}` is not supported together with `capture`")
+    if resumed is not None:
+        raise UnsupportedError("`resumed` is not supported together with `capture`")
 
 
 def with_stop_strings(

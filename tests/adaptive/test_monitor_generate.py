@@ -11,6 +11,7 @@ from typing import Any
 import helpers
 import numpy as np
 import pytest
+import tape
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -105,10 +106,11 @@ def disagreement(output: AdaptiveOutput) -> list[float]:
 
 @modes
 @pytest.mark.parametrize("audits", [1.0, 1e-9])
-def test_a_quiet_monitor_changes_nothing(mode: Mode, audits: float) -> None:
+@pytest.mark.parametrize("capture", [None, "none"])
+def test_a_quiet_monitor_changes_nothing(mode: Mode, audits: float, capture: Any) -> None:
     policy = certified(mode)
     monitor = Monitor.for_policy(policy, audits=UniformAudits(audits))
-    watched, alone = run(policy, monitor), run(policy, None)
+    watched, alone = run(policy, monitor, capture=capture), run(policy, None)
     assert torch.equal(watched.sequences, alone.sequences)
     assert torch.equal(watched.exit_stages, alone.exit_stages)
     assert watched.certified is True
@@ -283,6 +285,7 @@ def test_a_bad_policy_is_withdrawn_and_full_depth_runs(mode: Mode, tmp_path: Pat
     alarm = next(i for i, unit in enumerate(last.monitored) if not unit.inside)
     assert last.inside.tolist() == [i < alarm for i in range(3)]
     assert last.certificate.holds is False
+    assert torch.equal(run(policy, monitor, capture="none").sequences, plain())
     after = run(policy, monitor)
     assert torch.equal(after.sequences, plain())
     assert after.mean_depth == helpers.LAYERS
@@ -291,7 +294,7 @@ def test_a_bad_policy_is_withdrawn_and_full_depth_runs(mode: Mode, tmp_path: Pat
     assert [found.unit.member for found in after.monitored] == [0] * 3
     monitor.close()
     kinds = [line["kind"] for line in read_journal(tmp_path / "j")]
-    assert kinds == ["header"] + ["unit"] * (3 * len(seen) + 3)
+    assert kinds == ["header"] + ["unit"] * (3 * len(seen) + 6)
 
 
 @modes
@@ -377,13 +380,16 @@ class _Tripping(BaseStreamer):
 
 
 @modes
+@pytest.mark.parametrize("capture", [None, "none", "step"])
 def test_a_unit_in_which_the_policy_is_withdrawn_ends_at_full_depth(
-    mode: Mode, tmp_path: Path
+    mode: Mode, capture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if capture == "step":
+        tape.install(monkeypatch)
     policy = certified(mode, threshold=_ALWAYS)
     monitor = Monitor.for_policy(policy, audits=UniformAudits(1.0), journal=tmp_path / "j")
     given = {key: value[:1] for key, value in inputs().items()}
-    output = run(policy, monitor, **given, streamer=_Tripping(monitor))
+    output = run(policy, monitor, **given, streamer=_Tripping(monitor), capture=capture)
     stages = output.exit_stages[0].tolist()
     assert stages == [3] + [0] * 4 + [3] * (NEW - 5)
     assert output.inside.tolist() == [False]

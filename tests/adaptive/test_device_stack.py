@@ -122,13 +122,31 @@ def test_the_window_may_be_of_any_size(most: int, mode: str, helpers: Any, taped
     _same(generate(model, ids, capture="step", **given), generate(model, ids, **given))
 
 
-@pytest.mark.parametrize("capture", ["none", "step"])
+@dataclass(frozen=True)
+class Counting(p.AbstractRule):
+    """Remembers how many tokens there have been: every third one goes to full depth."""
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        return {"tokens": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        return state["tokens"] % 3 != 2, state
+
+    def advance(self, state: State) -> State:
+        return {"tokens": state["tokens"] + 1}
+
+    def with_knob(self, value: float) -> Counting:
+        return self
+
+    def knobs(self, trace: Any, *, size: int = 64) -> tuple[float, ...]:
+        return (float("inf"),)
+
+
+@pytest.mark.parametrize("capture", ["none", "segments", "step"])
 def test_a_policy_goes_back_with_its_drafts(capture: Any, helpers: Any, taped: Any) -> None:
     """A rule with memory forgets drafts that were taken back, and the text is the full model's."""
     model, ids, given = _given(helpers, "llama", "verify", (9,))
-    policy = given["policy"]
-    score = p.MovingMean(policy.score, 0.3)
-    given["policy"] = replace(policy, score=score)
+    given["policy"] = Policy(p.NoScore(), Counting(), stages=(2,), mode="verify")
     ours = generate(model, ids, capture=capture, **given)
     _same(ours, generate(model, ids, **given))
     given["policy"] = helpers.never("verify")

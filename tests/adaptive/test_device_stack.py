@@ -122,6 +122,17 @@ def test_the_window_may_be_of_any_size(most: int, mode: str, helpers: Any, taped
     _same(generate(model, ids, capture="step", **given), generate(model, ids, **given))
 
 
+def test_drafts_may_be_taken_back_over_the_end_of_a_bucket(
+    helpers: Any, taped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that are first needed then are captured beside those of the later bucket."""
+    monkeypatch.setattr(_device_stack, "_BUCKET", 4)
+    for length in (1, 2):
+        model, ids, given = _given(helpers, "llama", "verify", (length,))
+        given |= {"policy": helpers.mixed(model, "verify", quantile=0.5), "max_new_tokens": 24}
+        _same(generate(model, ids, capture="segments", **given), generate(model, ids, **given))
+
+
 @dataclass(frozen=True)
 class Counting(p.AbstractRule):
     """Remembers how many tokens there have been: every third one goes to full depth."""

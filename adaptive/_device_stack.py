@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +129,7 @@ class DeviceStack(AbstractStack):
             room = self.executor.void - self._origin
             self._finals = like.new_zeros(batch, room + 1, width)
 
-    @property
+    @cached_property
     def kind(self) -> tuple[Hashable, ...]:
         """What runs have in common that differ in lengths and in the policy's numbers."""
         policy = self._policy

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from adaptive._device_stack import DeviceStack
     from adaptive._families import Readout
 
+#: Compiled forms that a piece may have; torch refuses more.
+_FORMS = 64
 #: Per model, of which every run has another executor but the same head, and kind of stack.
 _forms: weakref.WeakKeyDictionary[
     Readout, dict[tuple[Hashable, ...], Callable[[DeviceStack], None]]
@@ -104,5 +107,8 @@ def _compiled(stack: DeviceStack, piece: Piece) -> Callable[[DeviceStack], None]
         # weights too: every kind has a code object of its own, and only lengths vary.
         name = f"{piece.name}_{next(_count)}"
         carried_out.__code__ = carried_out.__code__.replace(co_name=name)
-        own[kind] = torch.compile(carried_out, fullgraph=True)
+        settings: dict[str, Any] = {"fullgraph": True}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            settings["recompile_limit"] = _FORMS  # for scores and rules of one type that differ
+        own[kind] = torch.compile(carried_out, **settings)
     return own[kind]

@@ -20,7 +20,7 @@ from adaptive._classifier_losses import ClassLoss, ClassLossName, RowLoss, row_l
 from adaptive._collect_classifier import StageTable, seconds_per_row, stage_table, trace_of
 from adaptive._distributed import from_first, gathered, require_equal, share
 from adaptive._encoder_stages import EncoderStages
-from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, booked, parted, total_units
+from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, Roles, booked, parted, total_units
 from adaptive._examples import Examples, read_examples
 from adaptive._path import GRID, Path, place_members
 from adaptive._predict import check_policy, predict_rows, stages_of
@@ -132,28 +132,10 @@ def calibrate_classifier(
 
 
 @dataclass(frozen=True)
-class _Split:
+class _Split(Roles[Examples]):
     """Units by role, and the stages they go with."""
 
     stages: AbstractStages
-    fit: Examples
-    test: Examples
-    trained: int
-    overlapping: int
-    repeated: int
-
-    def record(self, seed: int) -> dict[str, Any]:
-        """Return what the certificate says of the split."""
-        return {
-            "seed": seed,
-            "n_fit": len(self.fit),
-            "n_test": len(self.test),
-            "n_train_exits": self.trained,
-            "removed_because_they_shaped_the_exits": self.overlapping,
-            "removed_repetitions": self.repeated,
-            "fit_units": list(self.fit.ids),
-            "test_units": list(self.test.ids),
-        }
 
 
 def _split(
@@ -196,7 +178,7 @@ def _split(
             "dataset", f"{len(kept)} distinct inputs that did not shape the exits", "at least 2"
         )
     fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
-    return _Split(stages, fit, test, trained, overlapping, repeated)
+    return _Split(fit, test, trained, overlapping, repeated, stages)
 
 
 @dataclass(frozen=True)

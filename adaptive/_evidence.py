@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ class Parts(Protocol):
     def groups(self) -> NDArray[Any] | None:
         """Cluster of each unit."""
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Name of each unit, by its content."""
+
     def __len__(self) -> int: ...
 
     def select(self, index: NDArray[np.intp], /) -> Self:
@@ -31,6 +35,30 @@ class Parts(Protocol):
 
 
 UnitsT = TypeVar("UnitsT", bound=Parts)
+
+
+@dataclass(frozen=True)
+class Roles(Generic[UnitsT]):
+    """Units by role, and how many were kept out of both."""
+
+    fit: UnitsT
+    test: UnitsT
+    trained: int
+    overlapping: int
+    repeated: int
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """Return what the certificate says of the split."""
+        return {
+            "seed": seed,
+            "n_fit": len(self.fit),
+            "n_test": len(self.test),
+            "n_train_exits": self.trained,
+            "removed_because_they_shaped_the_exits": self.overlapping,
+            "removed_repetitions": self.repeated,
+            "fit_units": list(self.fit.ids),
+            "test_units": list(self.test.ids),
+        }
 
 
 @dataclass(frozen=True)

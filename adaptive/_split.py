@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, parted
+from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Roles, parted
 from adaptive._exits import Exits, get_exits
 from adaptive._inputs import Units
 from adaptive._train import ExitTraining, train_exits
@@ -19,28 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Roles[Units]):
     """Units by role, and the exits they go with."""
 
     exits: Exits
-    fit: Units
-    test: Units
-    trained: int
-    overlapping: int
-    repeated: int
-
-    def record(self, seed: int) -> dict[str, Any]:
-        """Return what the certificate says of the split."""
-        return {
-            "seed": seed,
-            "n_fit": len(self.fit),
-            "n_test": len(self.test),
-            "n_train_exits": self.trained,
-            "removed_because_they_shaped_the_exits": self.overlapping,
-            "removed_repetitions": self.repeated,
-            "fit_units": list(self.fit.ids),
-            "test_units": list(self.test.ids),
-        }
 
 
 def split_units(
@@ -72,7 +53,7 @@ def split_units(
             "at least 2 distinct prompts that did not shape the exits",
         )
     fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
-    return Split(exits, fit, test, trained, overlapping, repeated)
+    return Split(fit, test, trained, overlapping, repeated, exits)
 
 
 def in_batches(units: Units, size: int) -> Units:

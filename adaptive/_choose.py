@@ -72,7 +72,8 @@ class KeyedNoise(AbstractNoise):
 
     def _bits(self, index: int, entries: Tensor) -> Tensor:
         """Return 53 random bits per row and entry, int64 ``[batch, n]``."""
-        row = _mix(self._units.to(entries.device) + _mix_int(self._seed))
+        self._units = self._units.to(entries.device)  # copied once: the host waits for a copy
+        row = _mix(self._units + _mix_int(self._seed))
         token = _mix(row + index)[:, None]
         return _mix(token + entries[None, :]) >> 11 & (1 << 53) - 1
 

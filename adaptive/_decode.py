@@ -41,6 +41,8 @@ class Job:
         Tokens that end a row; empty if none does.
     has_eos : bool
         Whether rows can finish on their own.
+    open_ended : bool
+        Whether anything but ``max_length`` can end the run, which then has to be asked for.
     emit : callable
         Receives each final token, int64 [batch].
     max_pending : int
@@ -78,6 +80,7 @@ class Job:
     pad: int
     ends: Tensor
     has_eos: bool
+    open_ended: bool
     emit: Callable[[Tensor], None]
     max_pending: int
     labels: bool
@@ -135,6 +138,8 @@ class Record:
         if job.keep_logits and step.logits is not None:
             self.logits.append(step.logits.float())
         job.emit(tokens)
+        if not job.open_ended:  # the host need not wait for the device
+            return self.length < job.max_length
         kept = tuple(self.scores) if job.keep_scores else None
         self.unfinished = self.unfinished & ~job.criteria(self.ids[:, : self.length], kept)
         unfinished = [row for row, goes_on in enumerate(self.unfinished.tolist()) if goes_on]
@@ -199,36 +204,39 @@ class _Way:
         self.stages = torch.full((batch,), len(exits.layers), device=device)
         self.scores = torch.full((batch,), float("nan"), device=device)
         self.states = hidden[:, 0]
+        #: Rows that stopped at the last exit.
+        self.stopped = self.running
         self.logits: Tensor | None = None
         #: Whether some row stopped without logits, so that all are read off their states.
         self.unread = False
 
-    def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> list[int]:
-        """Take an exit's decision; return the rows that stop there. One read by the host."""
+    def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> bool:
+        """Take an exit's decision; return whether any row stops there. One read by the host."""
         exit = features.stage
         if here.shape[0] == 1:  # the one row is running, or nobody would have asked
             self.scores = score.float()
             if not bool(stop):
-                return []
+                return False
             self.stages = torch.full_like(self.stages, exit)
             self.states, self.logits = self.exits.translate(exit, here), features.logits
             self.unread = features.logits is None
-            stopped, self.rows = self.rows, []
-            return stopped
-        stop = stop & self.running
+            self.rows = []
+            return True
+        self.stopped = stop = stop & self.running
         self.scores = torch.where(self.running, score.float(), self.scores)
+        flags = stop.tolist()
+        going = [row for row in self.rows if not flags[row]]
+        if len(going) == len(self.rows):
+            return False
+        self.rows = going
         self.stages = torch.where(stop, exit, self.stages)
         self.states = torch.where(stop[:, None], self.exits.translate(exit, here), self.states)
         if features.logits is not None:
             known = features.logits if self.logits is None else self.logits
             self.logits = torch.where(stop[:, None], features.logits, known)
+        self.unread |= features.logits is None
         self.running = self.running & ~stop
-        flags = stop.tolist()
-        stopped = [row for row in self.rows if flags[row]]
-        if stopped:
-            self.unread |= features.logits is None
-            self.rows = [row for row in self.rows if not flags[row]]
-        return stopped
+        return True
 
     def finish(self, hidden: Tensor) -> None:
         """Read the rows that never stopped off the last layer's output."""
@@ -277,13 +285,12 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
                 running = way.running if batch > 1 else None
                 features = replace(features, noise=noise, running=running)
             stop, score, state = policy.update(features, state)
-            stopped = way.decide(features, here, stop, score)
-            if stopped:
-                stack.leave(segment, hidden, slot, stopped, way.rows)
+            if way.decide(features, here, stop, score):
+                stack.leave(segment, hidden, slot, way.stopped, way.rows)
             if not way.rows:
                 break
             previous = here
-        hidden = stack.deepen(segment, hidden, slot, way.rows)
+        hidden = stack.deepen(segment, hidden, slot, way.rows, way.running)
     else:
         way.finish(hidden)
     logits = readout.among(way.states, record.rows) if way.unread else way.logits

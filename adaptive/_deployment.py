@@ -43,6 +43,11 @@ class Deployment:
             raise InvalidArgumentError("new_tokens", self.new_tokens, "an integer >= 2")
         if self.batch_size < 1:
             raise InvalidArgumentError("batch_size", self.batch_size, "an integer >= 1")
+        for name in ("max_new_tokens", "max_length"):
+            if name in self.generation:
+                raise InvalidArgumentError(
+                    name, self.generation[name], "left out: `new_tokens` says how long texts become"
+                )
 
     def arguments(self, ids: Sequence[str]) -> dict[str, Any]:
         """Return keyword arguments of ``generate`` for rows that are units with these ids."""

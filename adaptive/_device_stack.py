@@ -87,6 +87,7 @@ class DeviceStack(AbstractStack):
             {"logits", "answer"} & policy.needs_at(stage) for stage in policy.stages
         )
         self._at = -1
+        self._pending: int | None = 0
         #: Keys below this slot are read.
         self.stop = 0
 
@@ -148,8 +149,10 @@ class DeviceStack(AbstractStack):
 
     @property
     def pending(self) -> int:
-        """See :class:`AbstractStack`: one value that the host reads."""
-        return int(self.slot + 1 - self.filled[-1])
+        """See :class:`AbstractStack`: read from the device if the runner does not know."""
+        if self._pending is None:
+            self._pending = int(self.slot + 1 - self.filled[-1])
+        return self._pending
 
     def step(self, ids: Tensor, active: Tensor) -> None:
         """Take the newest token of every row as deep as the policy wants.
@@ -167,7 +170,7 @@ class DeviceStack(AbstractStack):
         self.active.copy_(active)
         self._at += 1
         self.stop = max(self.stop, self._bucket(self._at + 1))  # so windows of a bucket stay
-        self._runner.run(self)
+        self._pending = self._runner.run(self)
 
     def close(self) -> None:
         """Take every token to full depth from here on."""
@@ -275,6 +278,7 @@ class DeviceStack(AbstractStack):
             self._runner.settle(self)
         elif self.pending:
             self.flush()  # once at the end, which no capture is worth
+        self._pending = 0
         self.executor.reached(0, self.executor.layers, self._at + 1)
 
     def rehearse(self, perform: Perform) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -147,7 +149,7 @@ def generate(
         Run a token's way in fixed shapes, with decisions that stay on the device: as one CUDA graph
         (``"step"``, for torch from 2.12 on), as one CUDA graph per segment with one flag read at
         each boundary (``"segments"``), or the same operators uncaptured, on any device
-        (``"none"``). Native tier, ``exact`` and ``propagate`` mode. ``None`` lets the host decide
+        (``"none"``). For the native tier. ``None`` lets the host decide
         segment by segment.
     compiled : bool
         Compile the parts of such a step with ``torch.compile``: what lies between the products is
@@ -403,6 +405,7 @@ def _job(
         if eos is None or not has_eos
         else eos.flatten().to(input_ids.device),
         has_eos=has_eos,
+        open_ended=any(_looks(criterion, config.max_length) for criterion in criteria),
         emit=put,
         max_pending=most,
         draft_length=None
@@ -427,6 +430,12 @@ def _watched(job: Job, watch: Watch) -> Job:
         interrupt=watch.interrupt,
         seen=None if watch.shadow is None else [[] for _ in job.exits.layers],
     )
+
+
+def _looks(criterion: StoppingCriteria, max_length: int) -> bool:
+    """Whether a criterion may end a text before it has ``max_length`` tokens."""
+    counts = type(criterion) is MaxLengthCriteria
+    return not counts or criterion.max_length < max_length
 
 
 def _drop(tokens: Tensor) -> None:

@@ -34,8 +34,8 @@ class AbstractRunner(abc.ABC):
         self._perform = perform
 
     @abc.abstractmethod
-    def run(self, stack: DeviceStack) -> None:
-        """Run the pieces that the flags ask for."""
+    def run(self, stack: DeviceStack) -> int | None:
+        """Run the pieces that the flags ask for; return how many slots now wait, if known."""
 
     @abc.abstractmethod
     def settle(self, stack: DeviceStack) -> None:
@@ -43,19 +43,24 @@ class AbstractRunner(abc.ABC):
 
 
 class BySegment(AbstractRunner):
-    """The host chooses the pieces: one number is read per segment boundary, one at the end."""
+    """The host chooses the pieces: one number is read per segment boundary."""
 
-    def run(self, stack: DeviceStack) -> None:
+    def run(self, stack: DeviceStack) -> int:
         """See :class:`AbstractRunner`."""
+        waiting = stack.pending + 1
         self._do(stack, Piece("begin"))
         for segment in range(1, stack.segments):
             way = int(stack.way[segment])
             if way == 0:
                 break
             self._do(stack, Piece("segment", segment, alone=way == 1))
+        else:
+            waiting = 0
         self._do(stack, Piece("finish"))
-        if bool(stack.overdue):
+        if waiting >= stack.most:
             self._do(stack, Piece("flush"))
+            waiting = 0
+        return waiting
 
     def settle(self, stack: DeviceStack) -> None:
         """See :class:`AbstractRunner`."""

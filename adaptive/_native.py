@@ -276,7 +276,10 @@ class NativeExecutor(TokenExecutor):
         """
         stop = start + hidden.shape[1]
         ropes = self._ropes_of(low, high)
-        cos, sin = self._cos[ropes, ..., start:stop, :], self._sin[ropes, ..., start:stop, :]
+        cos, sin = (
+            torch.stack([table[rope, ..., start:stop, :] for rope in ropes])
+            for table in (self._cos, self._sin)
+        )
         keys, values = self._filled(low, high, hidden, cos, sin)
         self._keys[low:high, :, :, start:stop] = keys
         self._values[low:high, :, :, start:stop] = values

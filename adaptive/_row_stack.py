@@ -57,11 +57,11 @@ class RowStack(HostStack):
         return done.new_zeros(self.batch, done.shape[-1]).index_copy_(0, newest.rows, done)[:, None]
 
     def leave(
-        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+        self, segment: int, hidden: Tensor, slot: int, stopped: Tensor, rows: list[int]
     ) -> None:
         """See :class:`HostStack`."""
-        here = torch.tensor(stopped, device=hidden.device)
-        self._kept(hidden)[here, slot % self.most] = hidden[here, 0]
+        kept = self._kept(hidden)[:, slot % self.most]
+        kept.copy_(torch.where(stopped[:, None], hidden[:, 0], kept))
 
     def complete(self, ids: Tensor) -> None:
         """See :class:`HostStack`."""
@@ -127,7 +127,9 @@ class ExactRowStack(RowStack):
         self._finals: list[tuple[Tokens, Tensor]] = []
         self._start = 0
 
-    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+    def deepen(
+        self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
+    ) -> Tensor:
         """See :class:`HostStack`."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
         newest = self._newest(rows, slot)
@@ -212,7 +214,9 @@ class PropagateRowStack(RowStack):
     They are projected when their own row needs the segment.
     """
 
-    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+    def deepen(
+        self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
+    ) -> Tensor:
         """See :class:`HostStack`."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
         newest = self._newest(rows, slot)

@@ -81,18 +81,24 @@ class HostStack(AbstractStack):
         """Embed the ``rows``' newest tokens, run segment 0; ``[batch, 1, width]``."""
 
     @abc.abstractmethod
-    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+    def deepen(
+        self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
+    ) -> Tensor:
         """Run ``segment`` for the newest token of ``rows``, which have not stopped.
 
         What the segment must know before it is settled. The rest of ``hidden [batch, 1, width]``
-        is handed back as it is.
+        is handed back as it is. ``running``, bool ``[batch]``, says for the device what ``rows``
+        says for the host, if there are several.
         """
 
     @abc.abstractmethod
     def leave(
-        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+        self, segment: int, hidden: Tensor, slot: int, stopped: Tensor, rows: list[int]
     ) -> None:
-        """Leave the newest token of rows that stopped in front of ``segment``; ``rows`` go on."""
+        """Leave the newest token of rows that stopped in front of ``segment``; ``rows`` go on.
+
+        ``stopped``, bool ``[batch]``, marks them.
+        """
 
 
 class SharedStack(HostStack):
@@ -154,7 +160,9 @@ class ExactStack(SharedStack):
         self.finals = []
         return torch.cat([hidden for _, hidden in kept], dim=1)
 
-    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+    def deepen(
+        self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
+    ) -> Tensor:
         """See :class:`HostStack`: one causal pass over the inbox and the newest token."""
         self.inbox[segment].append(hidden)
         done = self._pass(segment)
@@ -166,7 +174,7 @@ class ExactStack(SharedStack):
         return newest
 
     def leave(
-        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+        self, segment: int, hidden: Tensor, slot: int, stopped: Tensor, rows: list[int]
     ) -> None:
         """See :class:`HostStack`: once nobody goes on."""
         if not rows:
@@ -204,20 +212,18 @@ class PropagateStack(SharedStack):
     def take_finals(self) -> None:
         """See :class:`HostStack`: there are none."""
 
-    def deepen(self, segment: int, hidden: Tensor, slot: int, rows: list[int]) -> Tensor:
+    def deepen(
+        self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
+    ) -> Tensor:
         """See :class:`HostStack`: rows that stopped keep their state."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
-        frozen = None
-        if len(rows) < hidden.shape[0]:
-            frozen = torch.ones(hidden.shape[0], dtype=torch.bool)
-            frozen[rows] = False
-            frozen = frozen.to(hidden.device)
+        frozen = ~running if len(rows) < hidden.shape[0] else None
         waiting = self._take(segment)
         self.filled[segment] = slot + 1
         return self.executor.run(low, high, hidden, slot, frozen=frozen, waiting=waiting)
 
     def leave(
-        self, segment: int, hidden: Tensor, slot: int, stopped: list[int], rows: list[int]
+        self, segment: int, hidden: Tensor, slot: int, stopped: Tensor, rows: list[int]
     ) -> None:
         """See :class:`HostStack`: once nobody goes on, in front of every deeper segment."""
         if not rows:

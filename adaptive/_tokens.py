@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive._transfer import sent
+
 #: From this share of the batch's rows on, reading every row's keys takes less time than copying
 #: those of the rows that are asked for.
 _READ_ALL = 1 / 3
@@ -46,7 +48,7 @@ class Tokens:
         self._rows = np.repeat(of, lengths)
         self._slots = np.arange(self.count) + np.repeat(starts - before, lengths)
         self.device = device
-        self.rows, self.slots = torch.from_numpy(np.stack([self._rows, self._slots])).to(device)
+        self.rows, self.slots = sent(np.stack([self._rows, self._slots]), device)
 
     def __add__(self, other: Tokens) -> Tokens:
         """Tokens of both, in this order."""
@@ -74,10 +76,10 @@ class Tokens:
         places = np.empty(self.count, dtype=np.int64)
         places[order] = np.arange(self.count) - first
         count = batch if everyone else len(present)
-        rows = None if everyone else torch.from_numpy(present).to(self.device)
+        rows = None if everyone else sent(present, self.device)
         longest = int(places.max()) + 1
         plain = longest == 1 and self.count == count and bool((lines == np.arange(count)).all())
-        at = None if plain else torch.from_numpy(np.stack([lines, places])).to(self.device)
+        at = None if plain else sent(np.stack([lines, places]), self.device)
         return Layout(rows, count, longest, at)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptive._families._registry import family_of
+from adaptive._transfer import sent
 
 
 class Readout:
@@ -36,7 +37,7 @@ class Readout:
         """Logits ``[batch, vocabulary]`` of ``hidden [batch, width]``, zero outside ``rows``."""
         if len(rows) == hidden.shape[0]:
             return self(hidden)
-        chosen = torch.tensor(rows, device=hidden.device)
+        chosen = sent(rows, hidden.device)
         logits = self(hidden[chosen])
         return logits.new_zeros(hidden.shape[0], logits.shape[-1]).index_copy_(0, chosen, logits)
 

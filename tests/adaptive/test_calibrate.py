@@ -682,6 +682,8 @@ def test_delta_is_spent_before_the_test(
         ({"groups": [1, 2]}, InvalidArgumentError, "`groups` must be one per prompt"),
         ({"groups": [1] * 140}, InvalidArgumentError, "`groups` must be at least two clusters"),
         ({"tier": "fast"}, InvalidArgumentError, "`tier` must be"),
+        ({"max_new_tokens": 9}, InvalidArgumentError, "`max_new_tokens` must be left out"),
+        ({"max_length": 9}, InvalidArgumentError, "`max_length` must be left out"),
         ({"num_beams": 2}, UnsupportedError, "beam search"),
         ({"policy": 0.9}, InvalidTypeError, "`policy` must be a Policy"),
         ({"reduction": "sum"}, InvalidArgumentError, "`reduction` must be"),

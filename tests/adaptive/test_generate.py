@@ -17,6 +17,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -253,6 +254,12 @@ def test_criteria_of_the_user(mode: Mode, eos: int | None, sampled: bool) -> Non
     criteria = StoppingCriteriaList([_After((14, 17, 13))])
     settings: dict[str, Any] = {"stopping_criteria": criteria, "do_sample": sampled}
     _equal_to_plain(mode, eos_token_id=eos, **settings)
+
+
+@modes
+def test_a_lower_limit_of_the_user(mode: Mode) -> None:
+    # without an end token nothing else could end the run, and nobody need be asked
+    _equal_to_plain(mode, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(15)]))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ def sent(values: Sequence[int] | NDArray[np.int64], device: torch.device) -> Ten
     A copy from ordinary memory makes the host wait until the GPU has done all that was asked of
     it before; one from page-locked memory takes its turn.
     """
-    tensor = torch.as_tensor(values, dtype=torch.int64)
+    tensor = torch.as_tensor(values, dtype=torch.int64, device="cpu")
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers import mixed, never, prompts, tiny
+from torch import Tensor
 
 from adaptive import attach_exits, generate
+from adaptive._device_stack import DeviceStack
 from adaptive._exits import require_exits
+from adaptive._transfer import sent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +38,7 @@ def test_tokens_are_those_of_the_cpu_in_float32(mode: str, tier: str) -> None:
 
 
 @pytest.mark.parametrize("capture", ["none", "segments", "step"])
-@pytest.mark.parametrize("mode", ["exact", "propagate"])
+@pytest.mark.parametrize("mode", ["exact", "propagate", "verify"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "qwen2-window"])
 def test_a_captured_step_is_the_hosts(name: str, mode: str, capture: Any) -> None:
     model = tiny(name)
@@ -73,6 +77,50 @@ def test_never_stopping_equals_generate_in_half_precision(dtype: torch.dtype) ->
     )
     # near-ties may fall either way in half precision: most tokens, not all, must be equal
     assert float((plain == ours).float().mean()) > 0.9
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[bool], None]]:
+    """Switch torch's own alarm on and off: what makes the host wait for the device then raises."""
+    yield lambda on: torch.cuda.set_sync_debug_mode("error" if on else "default")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_numbers_are_sent_without_waiting(no_waiting: Callable[[bool], None]) -> None:
+    device = torch.device("cuda")
+    no_waiting(True)
+    found = sent([3, 1, 2], device)
+    none = sent([], device)
+    no_waiting(False)
+    assert found.tolist() == [3, 1, 2]
+    assert none.shape == (0,)
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+def test_a_step_as_one_graph_waits_for_nothing(
+    mode: str, no_waiting: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    policy = mixed(model, mode)
+    exits = require_exits(model)
+    model.to("cuda")
+    attach_exits(model, exits)
+    ids, mask = (tensor.cuda() for tensor in prompts((9, 4, 7)))
+    plain, steps = DeviceStack.step, []
+
+    def strict(stack: DeviceStack, *given: Tensor) -> None:
+        no_waiting(bool(steps))  # the first one captures
+        plain(stack, *given)
+        steps.append(1)
+        if len(steps) == NEW - 1:  # until then, what lies between two steps is watched as well
+            no_waiting(False)
+
+    monkeypatch.setattr(DeviceStack, "step", strict)
+    settings = {"attention_mask": mask, "policy": policy, "max_new_tokens": NEW}
+    ours = generate(model, ids, capture="step", **settings)
+    monkeypatch.undo()
+    assert len(steps) == NEW - 1
+    assert torch.equal(ours, generate(model, ids, **settings))
 
 
 def test_thresholds_live_on_the_device() -> None:

@@ -58,6 +58,17 @@ def take_rows(batch: Batch, index: Tensor) -> Batch:
     return [batch[i] for i in index.tolist()]
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch whose tensors are on a device; what is no tensor stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping) and any(
+        isinstance(value, Tensor) and value.device != device for value in batch.values()
+    ):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    return batch
+
+
 def join_rows(batches: Sequence[Batch]) -> Batch:
     """Return one batch of the rows of several of the same kind."""
     first = batches[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptive._code_fingerprint import code_fingerprint, estimator_fingerprint
 from adaptive._fingerprint import model_fingerprint
-from adaptive._rows import Batch, take_rows
+from adaptive._rows import Batch, on_device, take_rows
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError, UnsupportedError
 
 
@@ -134,8 +134,8 @@ class FunctionStages(AbstractStages):
         return inputs
 
     def prepared(self, inputs: Batch) -> Batch:
-        """As they are."""
-        return inputs
+        """Where the module is."""
+        return _beside(self.module, inputs)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the module's weights, or of the function's code and what it refers to."""
@@ -297,6 +297,12 @@ def _check_member(place: int, model: Any) -> None:
         refuse_dropout(model)
 
 
+def _beside(model: Any, batch: Batch) -> Batch:
+    """Tensors of a batch on the device of a module's first parameter."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return batch if first is None else on_device(batch, first.device)
+
+
 def _answer(model: Any, batch: Batch) -> Tensor:
     """Logits of one model of a cascade; log-probabilities are logits too."""
     if hasattr(model, "predict_proba"):
@@ -304,7 +310,7 @@ def _answer(model: Any, batch: Batch) -> Tensor:
         probability = np.asarray(model.predict_proba(rows), dtype=np.float64)
         tiny = np.finfo(np.float32).tiny
         return torch.from_numpy(np.log(np.maximum(probability, tiny)).astype(np.float32))
-    found = model(batch)
+    found = model(_beside(model, batch))
     logits = getattr(found, "logits", found)
     return as_output(logits).logits.cpu()
 

@@ -16,7 +16,7 @@ import pytest
 import second_device as stand_in
 import torch
 from encoders import some_inputs, tiny_encoder
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import adaptive._decode
@@ -36,9 +36,9 @@ from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._settings import fingerprints
 from adaptive.calibration import Certificate, UniformAudits
-from adaptive.classifiers import train_classifier_exits
+from adaptive.classifiers import StageOutput, train_classifier_exits
 from adaptive.monitoring import Monitor
-from adaptive.policies import Mode, ProbeScore, Threshold
+from adaptive.policies import MaxProbability, Mode, ProbeScore, Threshold
 
 DEVICE = stand_in.DEVICE
 CPU = torch.device("cpu")
@@ -336,6 +336,48 @@ def test_exits_are_trained_and_certified_on_the_device() -> None:
         assert np.array_equal(losses, there.losses[name])
     assert np.allclose(here.scores, there.scores, rtol=0.05, atol=0.05)
     assert (promise.n, promise.risk, promise.loss) == (other.n, other.risk, other.loss)
+
+
+class Staged(nn.Module):
+    """A few layers, each with a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.layers = nn.Parameter(torch.randn(3, 6, 6, generator=generator))
+        self.heads = nn.Parameter(3 * torch.randn(3, 6, 4, generator=generator))
+
+    def stages(self, x: Tensor) -> Iterator[Any]:
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = torch.tanh(x @ layer)
+            logits = x @ head
+            keep = yield StageOutput(logits, x, logits[:, 0])
+            x = x if keep is None else x[keep]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.layers[0]) @ self.heads[0]
+
+
+@pytest.mark.parametrize("data", [CPU, DEVICE], ids=["data of the host", "data of the device"])
+def test_models_in_stages_on_the_device(data: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs, labels = torch.randn(120, 6, generator=generator), torch.arange(120) % 4
+    policy = Policy(MaxProbability(), Threshold(0.8), stages=(0, 1))
+    given = (inputs.to(data), labels.to(data))
+    model = Staged()
+    here = predict(model, inputs, policy=policy)
+    promise = calibrate(model, (inputs, labels), 0.4, loss="excess_error", progress=False)
+    model.to(DEVICE)
+    there = predict(model, given[0], policy=policy)
+    assert torch.equal(here.exit_stages, there.exit_stages.cpu())
+    torch.testing.assert_close(here.logits, there.logits.cpu())
+    other = calibrate(model, given, 0.4, loss="excess_error", progress=False)
+    assert promise.certificate is not None
+    assert other.certificate is not None
+    assert promise.certificate.n == other.certificate.n
+    # from small to large, on two devices
+    both = predict([Staged(), model], given[0], policy=replace(policy, stages=(0,)))
+    assert torch.equal(both.logits, predict([Staged(), Staged()], inputs).logits)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])

@@ -35,6 +35,7 @@ from adaptive._monitor_units import Watch, begin_watch, finish_watch
 from adaptive._output import AdaptiveOutput, marked, output_of
 from adaptive._request import (
     check_capture,
+    check_devices,
     check_ids,
     padding_and_positions,
     resumed_counts,
@@ -171,6 +172,9 @@ def generate(
 
     Raises
     ------
+    InvalidArgumentError, InvalidTypeError
+        If an argument is out of range or of the wrong kind, or an input is on another device than
+        the model; the message names it.
     CertificateMismatchError
         If ``certified`` and the certificate does not apply; the message says why.
     UnsupportedError
@@ -201,7 +205,8 @@ def generate(
         raise InvalidArgumentError(
             "speculation", speculation, f"'coupled': a policy in {policy.mode!r} mode has no drafts"
         )
-    check_ids(input_ids, model_kwargs.get("attention_mask"))
+    mask = model_kwargs.get("attention_mask")
+    check_ids(input_ids, mask)
     if monitor is not None and resumed is not None:
         raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
     if max_pending is not None and max_pending < 1:
@@ -225,6 +230,7 @@ def generate(
         "compiled": compiled,
     }
     family_of(model)
+    check_devices(model, input_ids=input_ids, attention_mask=mask)
     if model_kwargs.get("assistant_model") is not None:
         raise UnsupportedError(_NO_ASSISTANT)
     if not hasattr(generation_config, "_pad_token_tensor"):
@@ -405,7 +411,7 @@ def _job(
         if eos is None or not has_eos
         else eos.flatten().to(input_ids.device),
         has_eos=has_eos,
-        open_ended=any(_looks(criterion, config.max_length) for criterion in criteria),
+        open_ended=any(_may_end(criterion, config.max_length) for criterion in criteria),
         emit=put,
         max_pending=most,
         draft_length=None
@@ -432,7 +438,7 @@ def _watched(job: Job, watch: Watch) -> Job:
     )
 
 
-def _looks(criterion: StoppingCriteria, max_length: int) -> bool:
+def _may_end(criterion: StoppingCriteria, max_length: int) -> bool:
     """Whether a criterion may end a text before it has ``max_length`` tokens."""
     counts = type(criterion) is MaxLengthCriteria
     return not counts or criterion.max_length < max_length

@@ -45,6 +45,17 @@ def check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
         )
 
 
+def check_devices(model: PreTrainedModel, **tensors: Tensor | None) -> None:
+    """Refuse inputs that are not where the model is, unless they are moved to its parts."""
+    if getattr(model, "hf_device_map", None):
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != model.device:
+            raise InvalidArgumentError(
+                name, f"a tensor on {tensor.device}", f"on the model's device, {model.device}"
+            )
+
+
 def check_capture(capture: Capture, resumed: Tensor | None) -> None:
     """Refuse an unknown way to capture, and what a step in fixed shapes cannot do."""
     if capture not in get_args(Capture):

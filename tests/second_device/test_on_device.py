@@ -23,6 +23,7 @@ import adaptive._decode
 import adaptive._verify
 from adaptive import (
     ExitTraining,
+    InvalidArgumentError,
     Policy,
     attach_exits,
     calibrate,
@@ -130,6 +131,29 @@ def test_tokens_are_those_of_the_cpu(way: str, mode: str) -> None:
             here.scores + here.logits, there.scores + there.logits, strict=True
         ):
             torch.testing.assert_close(mine, theirs.cpu())
+
+
+@pytest.mark.parametrize("left", ["input_ids", "attention_mask"])
+def test_inputs_elsewhere_are_refused(left: str) -> None:
+    ids, mask = helpers.prompts((9, 4, 7))
+    given = {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+    given[left] = given[left].cpu()
+    with pytest.raises(InvalidArgumentError, match=f"`{left}` must be on the model's device"):
+        generate(moved("llama"), **given, policy=helpers.never("exact"), max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capture", [None, "none"])
+@modes
+def test_half_precision_on_the_device(mode: str, capture: Any, dtype: torch.dtype) -> None:
+    model = helpers.tiny("llama", exits=False).to(dtype).to(DEVICE)
+    attach_exits(model, helpers.EXITS)
+    ids, mask = (tensor.to(DEVICE) for tensor in helpers.prompts((9, 4, 7)))
+    given = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
+    plain = model.generate(ids, **given)
+    ours = generate(model, ids, **given, policy=helpers.never(mode), capture=capture)
+    # near-ties may fall either way in half precision
+    assert float((plain == ours).float().mean()) > 0.9
 
 
 def test_rejection_sampling_on_the_device() -> None:

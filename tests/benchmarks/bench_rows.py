@@ -182,7 +182,7 @@ def main() -> None:
         print(f"batch {rows}")
         found = batch(model, options, Clock(options.device), int(rows))
         kept["batches"][rows] = found | stamp(options, model)
-    options.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

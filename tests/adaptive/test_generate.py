@@ -35,11 +35,10 @@ from adaptive import (
     attach_exits,
     generate,
 )
-from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._output import AdaptiveOutput
-from adaptive._settings import fingerprints, tokenizer_fingerprints
-from adaptive.calibration import Certificate, InvalidTypeError
+from adaptive._settings import tokenizer_fingerprints
+from adaptive.calibration import InvalidTypeError
 from adaptive.policies import Mode, NoScore, Patience, ProbeScore, RandomStage, Threshold
 
 NEW = 12
@@ -585,26 +584,17 @@ SAMPLING = {"do_sample": True, "temperature": 0.7}
 
 def _certified(model: Any, mode: Mode = "exact", **generation: Any) -> Policy:
     """A policy with a certificate as calibration writes it, for at most NEW greedy tokens."""
-    exits = require_exits(model)
-    deployment = Deployment(NEW, generation={"do_sample": False} | generation)
-    certificate = Certificate(
-        holds=True,
+    policy = helpers.certified(
+        model,
+        helpers.mixed(model, mode),
+        new_tokens=NEW,
+        settings=generation,
         risk=0.1,
-        delta=0.05,
         loss="disagreement",
-        unit="prompt",
         method="binomial",
-        procedure="fixed-sequence",
-        n=100,
         index=3,
         evidence={},
-        bound=1.0,
-        assumptions=("independent units",),
-        split={},
-        fingerprints=fingerprints(model, exits),
-        decoding=deployment.settings(model) | {"mode": mode},
     )
-    policy = replace(helpers.mixed(model, mode), certificate=certificate)
     # what was earned must survive storage
     return Policy.from_dict(json.loads(json.dumps(policy.to_dict())))
 

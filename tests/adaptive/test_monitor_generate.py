@@ -29,9 +29,7 @@ from adaptive._monitor_journal import read_journal
 from adaptive._monitor_reference import Reference
 from adaptive._output import AdaptiveOutput
 from adaptive._path import token_losses
-from adaptive._settings import fingerprints
 from adaptive.calibration import (
-    Certificate,
     ExpectedLossCurve,
     LifetimeRiskMonitor,
     ScoreAudits,
@@ -56,25 +54,15 @@ def certified(
     if threshold is not None:
         policy = replace(policy, rule=Threshold(threshold))
     knob = float(np.asarray(policy.rule.threshold))
-    decoding = Deployment(NEW, generation={"do_sample": False}).settings(model) | {"mode": mode}
-    certificate = Certificate(
-        holds=True,
+    return helpers.certified(
+        model,
+        policy,
+        new_tokens=NEW,
         risk=RISK,
-        delta=0.05,
         loss=loss,
-        unit="prompt",
-        method="star",
-        procedure="fixed-sequence",
-        n=100,
         index=2,
         evidence={"knobs": ["inf", "0.99", str(knob)]},
-        bound=1.0,
-        assumptions=("independent units",),
-        split={},
-        fingerprints=fingerprints(model, require_exits(model)),
-        decoding=decoding,
     )
-    return replace(policy, certificate=certificate)
 
 
 def inputs(seed: int = 1) -> dict[str, Tensor]:

@@ -33,10 +33,8 @@ from adaptive import (
     train_exits,
 )
 from adaptive._decode import walk
-from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
-from adaptive._settings import fingerprints
-from adaptive.calibration import Certificate, UniformAudits
+from adaptive.calibration import UniformAudits
 from adaptive.classifiers import StageOutput, train_classifier_exits
 from adaptive.monitoring import Monitor
 from adaptive.policies import MaxProbability, Mode, ProbeScore, Threshold
@@ -180,35 +178,12 @@ def test_families_on_the_device(name: str, capture: Any) -> None:
         same(here, out)
 
 
-def certified(policy: Policy) -> Policy:
-    """The policy with what a calibration would have written."""
-    model = helpers.shared("llama")
-    decoding = Deployment(NEW, generation={"do_sample": False}).settings(model)
-    certificate = Certificate(
-        holds=True,
-        risk=0.2,
-        delta=0.05,
-        loss="share of tokens that differ from the full model's choice",
-        unit="prompt",
-        method="star",
-        procedure="fixed-sequence",
-        n=100,
-        index=1,
-        evidence={"knobs": ["inf", str(float(np.asarray(policy.rule.threshold)))]},
-        bound=1.0,
-        assumptions=("independent units",),
-        split={},
-        fingerprints=fingerprints(model, require_exits(model)),
-        decoding=decoding | {"mode": policy.mode},
-    )
-    return replace(policy, certificate=certificate)
-
-
 @pytest.mark.parametrize("capture", [None, "none"])
 @pytest.mark.parametrize("mode", ["exact", "propagate"])
 def test_a_monitor_on_the_device(mode: Mode, capture: Any) -> None:
     ids, mask = helpers.prompts((9, 4, 7))
-    policy = certified(helpers.mixed(helpers.shared("llama"), mode))
+    whole = helpers.shared("llama")
+    policy = helpers.certified(whole, helpers.mixed(whole, mode), new_tokens=NEW)
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
     found = []
     for model, place in ((helpers.shared("llama"), CPU), (moved("llama"), DEVICE)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from adaptive import attach_exits
+from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._families import family_of, layers_of
+from adaptive._settings import fingerprints
+from adaptive.calibration import Certificate
 from adaptive.policies import Margin, Policy, Threshold
 
 VOCABULARY = 97
@@ -218,6 +222,34 @@ def mixed(model: PreTrainedModel, mode: str, *, quantile: float = 0.6) -> Policy
 def never(mode: str) -> Policy:
     """Return a policy that is asked everywhere and never stops early."""
     return Policy(Margin(), Threshold(), stages=(0, 1, 2), mode=mode)
+
+
+def certified(
+    model: PreTrainedModel, policy: Policy, *, new_tokens: int, settings: Any = None, **fields: Any
+) -> Policy:
+    """The policy with a certificate as calibration writes it; greedy unless ``settings`` say more.
+
+    ``fields`` replace what stands in the certificate.
+    """
+    deployment = Deployment(new_tokens, generation={"do_sample": False} | (settings or {}))
+    written = {
+        "holds": True,
+        "risk": 0.2,
+        "delta": 0.05,
+        "loss": "share of tokens that differ from the full model's choice",
+        "unit": "prompt",
+        "method": "star",
+        "procedure": "fixed-sequence",
+        "n": 100,
+        "index": 1,
+        "evidence": {"knobs": ["inf", str(float(policy.rule.threshold))]},
+        "bound": 1.0,
+        "assumptions": ("independent units",),
+        "split": {},
+        "fingerprints": fingerprints(model, require_exits(model)),
+        "decoding": deployment.settings(model) | {"mode": policy.mode},
+    }
+    return replace(policy, certificate=Certificate(**written | fields))
 
 
 def own_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:

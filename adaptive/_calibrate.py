@@ -23,6 +23,7 @@ from adaptive._encoders import is_classifier
 from adaptive._evidence import Facts, booked, total_units
 from adaptive._exits import Exits
 from adaptive._families import family_of, layers_of
+from adaptive._fastest import Fastest, fastest
 from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, UnitLoss, unit_loss
 from adaptive._monitor_reference import Reference
@@ -97,8 +98,8 @@ def calibrate(
     Prompts are split in two. On the *fit* split the model's own full-depth text is traced, and a
     path of policies from full depth to the cheapest is chosen. On the *test* split the members of
     that path generate text for real, one after the other from the safest on, and a fixed-sequence
-    test certifies members until the first failure. Of those certified, the one that is fastest on
-    this machine is returned.
+    test certifies members until the first failure. The last one certified stops earliest and is
+    returned, unless an earlier one, or full depth, is clearly faster on this machine.
 
     Parameters
     ----------
@@ -138,7 +139,7 @@ def calibrate(
         binomial for 0/1 losses and a betting test otherwise.
     mode : {"exact", "propagate"}, optional
         What happens to skipped layers. ``None`` takes ``"exact"``, and if that is measured to be
-        no faster than full depth on this machine, says so and returns full depth.
+        slower than full depth on this machine, says so and returns full depth.
     groups : sequence or str, optional
         Cluster of each prompt (document, user), or the key it is found under. The split keeps
         clusters together, and the cluster is the unit of the test.
@@ -203,7 +204,8 @@ def calibrate(
     DataLoaders, ``datasets.Dataset`` with a label column, or texts for a Hugging Face encoder.
     The promise is about inputs; ``mode``, ``reduction``, ``new_tokens``, ``tier`` and settings of
     generation do not apply. Members of the path are run for real on the test split, in batches of
-    ``batch_size``, and their time is measured so.
+    ``batch_size`` (a cascade of estimators, which answer row by row, in larger ones), and their
+    time is measured in batches of ``batch_size``.
 
     References
     ----------
@@ -435,23 +437,32 @@ class _Bench:
             batch_size=self.deployment.batch_size,
         )
 
-    def seconds(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
-        """Seconds per generated token, one prompt at a time, or as many as decide together."""
+    def fastest(self, policies: Sequence[Policy]) -> Fastest:
+        """Choose by seconds per token, one prompt at a time, or as many as decide together.
+
+        Policies are given from full depth to the one expected to be fastest.
+        """
         rows = self.deployment.batch_size if self.family.scope == "batch" else 1
         few = self.split.fit.select(range(min(max(4, rows), len(self.split.fit))))
-        return from_first(
-            lambda: seconds_per_token(
-                self.model, few, policies, deployment=self.deployment, rows=rows, tier=self.tier
-            )
+        round_of = functools.partial(
+            seconds_per_token,
+            self.model,
+            few,
+            policies,
+            deployment=self.deployment,
+            rows=rows,
+            tier=self.tier,
         )
+        return from_first(lambda: fastest(round_of, preferred=len(policies) - 1))
 
     def no_gain(self, path: Path, risk: float) -> str | None:
-        """Say so if the member nearest to the promise is measured not to be faster than full."""
+        """Say so if the member nearest to the promise is measured to be slower than full depth."""
         within = np.flatnonzero(path.predicted <= risk)
         nearest = self.family.member(path.knobs[max(1, int(within.max()))])
-        full, early = self.seconds([full_depth(self.exits), nearest])
-        if early < full:
+        choice = self.fastest([full_depth(self.exits), nearest])
+        if choice.index == 1:
             return None
+        full, early = choice.seconds
         return (
             f"In `{self.family.mode}` mode stopping early gains nothing on this machine "
             f"({1e3 * early:.3g} ms per token "
@@ -471,7 +482,7 @@ class _Bench:
         clustered: bool,
         rng: int,
     ) -> Policy:
-        """Walk the path on the test split and return the fastest certified member."""
+        """Walk the path on the test split and return the certified member that pays most."""
         test = self.split.test
         full = None
         if self.loss.sequence is not None:
@@ -521,10 +532,10 @@ class _Bench:
         if result.index is None:
             return replace(self.family.member(path.knobs[0]), certificate=certificate)
         columns = [j for j in np.flatnonzero(result.certified) if j > 0]
-        costs = self.seconds(
+        choice = self.fastest(
             [full_depth(self.exits)] + [self.family.member(path.knobs[j]) for j in columns]
         )
-        best = int(np.argmin(costs))
+        best, costs = choice.index, choice.seconds
         timing = {
             "milliseconds_per_token": {
                 str(j): round(1e3 * float(cost), 4)

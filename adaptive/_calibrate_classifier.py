@@ -22,6 +22,7 @@ from adaptive._distributed import from_first, gathered, require_equal, share
 from adaptive._encoder_stages import EncoderStages
 from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Facts, Roles, booked, parted, total_units
 from adaptive._examples import Examples, read_examples
+from adaptive._fastest import Fastest, fastest
 from adaptive._path import GRID, Path, place_members
 from adaptive._predict import check_policy, predict_rows, stages_of
 from adaptive._progress import bar
@@ -47,8 +48,10 @@ from adaptive.policies import (
 )
 
 _log = logging.getLogger(__name__)
-#: Batches and rounds on which policies are timed.
-_TIMED_BATCHES, _ROUNDS = 8, 5
+#: Batches on which policies are timed.
+_TIMED_BATCHES = 4
+#: Inputs of one call where only answers matter and they do not depend on the batch.
+_AT_ONCE = 4096
 
 
 def calibrate_classifier(
@@ -228,7 +231,7 @@ class _Bench:
             split.fit,
             score=score,
             asked=None if policy is None else policy.stages,
-            batch_size=batch_size,
+            batch_size=_rows_of_run(stages, batch_size),
             seed=seed,
             progress=progress,
         )
@@ -253,9 +256,10 @@ class _Bench:
     def run(self, policy: Policy | None) -> _Answers:
         """Run the test split as it will be run in use, batches shared by the processes."""
         test, keys = self.split.test, unit_keys(self.split.test.ids)
+        size = _rows_of_run(self.stages, self.batch_size)
         own: dict[int, tuple[Tensor, Tensor]] = {}
-        for start in share(range(0, len(test), self.batch_size)):
-            rows = torch.arange(start, min(len(test), start + self.batch_size))
+        for start in share(range(0, len(test), size)):
+            rows = torch.arange(start, min(len(test), start + size))
             run = predict_rows(
                 self.stages,
                 take_rows(test.inputs, rows),
@@ -271,7 +275,7 @@ class _Bench:
     def certify(
         self, path: Path, facts: Facts, *, risk: float, delta: float, method: str, clustered: bool
     ) -> Policy:
-        """Walk the path on the test split and return the fastest certified member."""
+        """Walk the path on the test split and return the certified member that pays most."""
         test = self.split.test
         groups = test.groups if clustered else None
         # an error rate of its own is tested for full computation too, as column 1
@@ -320,12 +324,13 @@ class _Bench:
         if result.index is None:
             return replace(never, certificate=certificate)
         columns = [first, *(int(j) for j in np.flatnonzero(result.certified) if j > first)]
-        costs = self.seconds([None, *(self.family.member(knobs[j]) for j in columns[1:])])
+        choice = self.fastest([None, *(self.family.member(knobs[j]) for j in columns[1:])])
+        costs = choice.seconds
         timing = {str(j): round(1e3 * float(c), 6) for j, c in zip(columns, costs, strict=True)}
-        index = columns[int(np.argmin(costs))]
+        index = columns[choice.index]
         certificate = replace(
             _with_evidence(certificate, {"milliseconds_per_input": timing}),
-            cost=float(costs.min()),
+            cost=float(costs[choice.index]),
         )
         if index == first:
             note = (
@@ -344,13 +349,17 @@ class _Bench:
         member = never if index == first else self.family.member(knobs[index])
         return replace(member, certificate=certificate)
 
-    def seconds(self, policies: Sequence[Policy | None]) -> NDArray[np.float64]:
-        """Seconds per row of each policy, None for full computation, in deployed batches."""
+    def fastest(self, policies: Sequence[Policy | None]) -> Fastest:
+        """Choose by seconds per row in deployed batches; None, the first, is full computation.
+
+        Policies are given from the safest to the one expected to be fastest.
+        """
         rows = torch.arange(min(len(self.split.fit), _TIMED_BATCHES * self.batch_size))
         inputs = take_rows(self.split.fit.inputs, rows)
-        return from_first(
-            lambda: seconds_per_row(self.stages, inputs, policies, batch_size=self.batch_size)
+        round_of = functools.partial(
+            seconds_per_row, self.stages, inputs, policies, batch_size=self.batch_size
         )
+        return from_first(lambda: fastest(round_of, preferred=len(policies) - 1))
 
     def nothing(self, facts: Facts, *, risk: float, delta: float, n: int, why: str) -> Policy:
         """Return full computation and a certificate that says why."""
@@ -379,6 +388,11 @@ class _Bench:
         assumed = f"no test input was used in making {own} (the caller knows)"
         certificate = facts.completed(certificate)
         return replace(certificate, assumptions=(*certificate.assumptions, assumed))
+
+
+def _rows_of_run(stages: AbstractStages, batch_size: int) -> int:
+    """Rows run together where only answers matter, not the time they take."""
+    return max(batch_size, _AT_ONCE) if stages.rowwise else batch_size
 
 
 def _with_evidence(certificate: Certificate, more: dict[str, Any]) -> Certificate:

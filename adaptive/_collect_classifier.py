@@ -41,7 +41,8 @@ class StageTable:
     scores : Tensor, float32 [n, n_exits]
         ``-inf`` where a stage was not asked.
     costs : ndarray of float64 [n_stages]
-        Measured seconds per unit up to each stage, increasing.
+        Measured seconds per unit up to each stage, increasing; the median of the batches, so that
+        what disturbs a few of them does not count.
     """
 
     logits: tuple[Tensor, ...]
@@ -56,11 +57,11 @@ class StageTable:
 
 @dataclass(frozen=True)
 class _Part:
-    """One batch: logits per stage, scores, seconds per stage."""
+    """One batch: logits per stage, scores, seconds per row of each stage."""
 
     logits: tuple[Tensor, ...]
     scores: Tensor
-    seconds: list[float]
+    seconds: NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def stage_table(
             keys = unit_keys(tuple(units.ids[i] for i in rows.tolist()))
             scores = _scores(outputs, score, asked, keys, seed)
             logits = tuple(output.logits.float().cpu() for output in outputs)
-            own[start] = _Part(logits, scores.cpu(), seconds)
+            own[start] = _Part(logits, scores.cpu(), np.array(seconds) / len(rows))
             shown.update(len(rows))
     parts = [part for _, part in sorted(gathered(own).items())]
     counts = {len(part.logits) for part in parts}
@@ -119,8 +120,7 @@ def stage_table(
     return StageTable(
         logits=tuple(map(torch.cat, zip(*(part.logits for part in parts), strict=True))),
         scores=torch.cat([part.scores for part in parts]),
-        costs=np.cumsum(np.maximum(np.sum([part.seconds for part in parts], axis=0), 1e-9))
-        / len(units),
+        costs=np.cumsum(np.maximum(np.median([part.seconds for part in parts], axis=0), 1e-12)),
     )
 
 
@@ -151,7 +151,6 @@ def seconds_per_row(
     policies: Sequence[Policy | None],
     *,
     batch_size: int,
-    repeats: int = 5,
 ) -> NDArray[np.float64]:
     """Seconds per row of real runs, policies taking turns; None is full computation.
 
@@ -163,21 +162,21 @@ def seconds_per_row(
     policies : sequence of Policy or None
     batch_size : int
         Rows run together, as in use.
-    repeats : int
-        Rounds after one that warms up; the median is returned.
 
     Returns
     -------
-    ndarray of float64 [n_policies]
+    ndarray of float64 [n_batches, n_policies]
     """
-    found = np.zeros((repeats + 1, len(policies)))
-    for turn in range(repeats + 1):
-        for place, policy in enumerate(policies):
+    found = []
+    for rows in torch.arange(count_rows(inputs)).split(batch_size):
+        batch = take_rows(inputs, rows)
+        found.append([])
+        for policy in policies:
             start = time.perf_counter()
-            run = predict_rows(stages, inputs, policy, batch_size=batch_size)
+            run = predict_rows(stages, batch, policy)
             run.exit_stages.cpu()  # waits for the device
-            found[turn, place] = time.perf_counter() - start
-    return np.asarray(np.median(found[1:], axis=0) / count_rows(inputs))
+            found[-1].append((time.perf_counter() - start) / len(rows))
+    return np.array(found)
 
 
 def collect_predictions(

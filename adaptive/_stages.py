@@ -54,6 +54,14 @@ class AbstractStages(abc.ABC):
     def dtype(self) -> str:
         """Precision it computes in, as a certificate records it."""
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether a row's answer is the same in any batch, so that batches matter to time alone.
+
+        Said only of what promises it: the passes of networks depend on the batch by rounding.
+        """
+        return False
+
     @abc.abstractmethod
     def run(self, batch: Batch, *, asked: Sequence[int]) -> Steps:
         """Go through the stages of a prepared batch; the last one always has an output."""
@@ -177,6 +185,11 @@ class CascadeStages(AbstractStages):
     def dtype(self) -> str:
         """Each model's own."""
         return "unknown"
+
+    @property
+    def rowwise(self) -> bool:
+        """Estimators answer row by row."""
+        return all(hasattr(model, "predict_proba") for model in self.models)
 
     def run(self, batch: Batch, *, asked: Sequence[int]) -> Steps:
         """Ask one model after another."""

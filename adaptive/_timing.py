@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptive._deployment import Deployment
+from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits
 from adaptive._generate import generate
 from adaptive._inputs import Units, batches
@@ -23,11 +24,12 @@ from adaptive._tier import Tier, executor_for
 from adaptive.policies import Policy
 
 _CONTEXT = 64
+#: Rounds in which segments are timed: as many as fit into the seconds, within these.
+_FEWEST_ROUNDS, _ROUNDS, _SECONDS = 9, 50, 1.0
 
 
-@torch.no_grad()
 def stage_seconds(
-    model: PreTrainedModel, exits: Exits, *, tier: Tier | None = None, repeats: int = 9
+    model: PreTrainedModel, exits: Exits, *, tier: Tier | None = None
 ) -> NDArray[np.float64]:
     """Seconds to decode one token that stops at each stage, readout included, for one row.
 
@@ -36,8 +38,6 @@ def stage_seconds(
     model : PreTrainedModel
     exits : Exits
     tier : {"native", "generic"}, optional
-    repeats : int
-        The median of this many measurements is taken for every segment.
 
     Returns
     -------
@@ -45,38 +45,26 @@ def stage_seconds(
         Cumulative and strictly increasing.
     """
     executor = executor_for(model, tier=tier)
-    device = model.device
-    slots = _CONTEXT + 1
-    executor.begin(
-        batch_size=1,
-        max_length=slots,
-        padding=None,
-        positions=torch.arange(slots, device=device)[None],
-    )
-    try:
-        prompt = torch.ones(1, _CONTEXT, dtype=torch.int64, device=device)
-        executor.run(0, executor.layers, executor.embed(prompt, 0), 0)
-        hidden = executor.embed(prompt[:, :1], _CONTEXT)
-        bounds = (0, *exits.layers, executor.layers)
-        segments: list[list[float]] = [[] for _ in range(len(bounds) - 1)]
-        heads: list[float] = []
-        for _ in range(repeats):
-            for segment, (low, high) in enumerate(pairwise(bounds)):
-                executor.truncate(_CONTEXT)
-                work = _bound(executor.run, low, high, hidden, _CONTEXT)
-                segments[segment].append(seconds(work, device))
-            heads.append(seconds(_bound(executor.readout, hidden[:, -1]), device))
-    finally:
-        executor.end()
-    run = np.maximum(np.median(segments, axis=1), 1e-9)
-    return np.asarray(np.cumsum(run) + np.median(heads))
+    segments, head = _segment_seconds(executor, model.device, exits.layers)
+    return np.asarray(np.cumsum(segments) + head)
+
+
+def layer_and_head_seconds(model: PreTrainedModel) -> tuple[float, float]:
+    """Seconds of one layer and of the readout for one token of one row."""
+    executor = executor_for(model)
+    stack, head = _segment_seconds(executor, model.device, ())
+    return float(stack[0]) / executor.layers, head
 
 
 @torch.no_grad()
-def layer_and_head_seconds(model: PreTrainedModel, *, repeats: int = 15) -> tuple[float, float]:
-    """Seconds of one layer and of the readout for one token of one row, medians of repetitions."""
-    executor = executor_for(model)
-    device = model.device
+def _segment_seconds(
+    executor: AbstractExecutor, device: torch.device, inner: tuple[int, ...]
+) -> tuple[NDArray[np.float64], float]:
+    """Seconds of the layers between bounds, and of the readout, for one token of one row.
+
+    The least of several rounds: other work on the machine only adds time.
+    """
+    bounds = (0, *inner, executor.layers)
     slots = _CONTEXT + 1
     positions = torch.arange(slots, device=device)[None]
     executor.begin(batch_size=1, max_length=slots, padding=None, positions=positions)
@@ -84,16 +72,21 @@ def layer_and_head_seconds(model: PreTrainedModel, *, repeats: int = 15) -> tupl
         prompt = torch.ones(1, _CONTEXT, dtype=torch.int64, device=device)
         executor.run(0, executor.layers, executor.embed(prompt, 0), 0)
         hidden = executor.embed(prompt[:, :1], _CONTEXT)
-        stack, head = [], []
-        for _ in range(repeats):
-            executor.truncate(_CONTEXT)
-            stack.append(
-                seconds(_bound(executor.run, 0, executor.layers, hidden, _CONTEXT), device)
-            )
-            head.append(seconds(_bound(executor.readout, hidden[:, -1]), device))
+        rounds: list[list[float]] = []
+        began = time.perf_counter()
+        while len(rounds) < _ROUNDS and (
+            len(rounds) < _FEWEST_ROUNDS or time.perf_counter() - began < _SECONDS
+        ):
+            found = []
+            for low, high in pairwise(bounds):
+                executor.truncate(_CONTEXT)
+                found.append(seconds(partial(executor.run, low, high, hidden, _CONTEXT), device))
+            found.append(seconds(partial(executor.readout, hidden[:, -1]), device))
+            rounds.append(found)
     finally:
         executor.end()
-    return float(np.median(stack)) / executor.layers, float(np.median(head))
+    least = np.maximum(np.min(rounds, axis=0), 1e-9)
+    return least[:-1], float(least[-1])
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -107,10 +100,6 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _bound(function: Callable[..., object], *args: object) -> Callable[[], object]:
-    return lambda: function(*args)
-
-
 def seconds_per_token(
     model: PreTrainedModel,
     units: Units,
@@ -119,7 +108,6 @@ def seconds_per_token(
     deployment: Deployment,
     rows: int = 1,
     tier: Tier | None = None,
-    repeats: int = 3,
 ) -> NDArray[np.float64]:
     """Seconds per generated token of real runs, policies taking turns.
 
@@ -133,27 +121,24 @@ def seconds_per_token(
     rows : int
         Units decoded together.
     tier : {"native", "generic"}, optional
-    repeats : int
-        Rounds; the median over rounds is returned.
 
     Returns
     -------
-    ndarray of float64 [n_policies]
+    ndarray of float64 [n_batches, n_policies]
         Prompts included; the same for all policies.
     """
-    found = np.zeros((repeats, len(policies)))
-    for turn in range(repeats):
-        for column, policy in enumerate(policies):
-            spent = tokens = 0.0
-            for index, ids, mask in batches(units, size=rows, pad=0, device=model.device):
-                arguments = deployment.arguments([units.ids[i] for i in index])
-                if rows > 1:
-                    arguments["attention_mask"] = mask
-                work = _Timed(model, ids, replace(policy, certificate=None), arguments, tier)
-                spent += seconds(work, model.device)
-                tokens += work.generated * len(index)
-            found[turn, column] = spent / max(1.0, tokens)
-    return np.asarray(np.median(found, axis=0))
+    bare = [replace(policy, certificate=None) for policy in policies]
+    found = []
+    for index, ids, mask in batches(units, size=rows, pad=0, device=model.device):
+        arguments = deployment.arguments([units.ids[i] for i in index])
+        if rows > 1:
+            arguments["attention_mask"] = mask
+        found.append([])
+        for policy in bare:
+            work = _Timed(model, ids, policy, arguments, tier)
+            spent = seconds(work, model.device)
+            found[-1].append(spent / max(1, work.generated * len(index)))
+    return np.array(found)
 
 
 class _Timed:
@@ -167,7 +152,7 @@ class _Timed:
         arguments: dict[str, Any],
         tier: Tier | None,
     ) -> None:
-        self._call = functools.partial(generate, model, ids, policy=policy, tier=tier, **arguments)
+        self._call = partial(generate, model, ids, policy=policy, tier=tier, **arguments)
         self._prompt = ids.shape[1]
         self.generated = 0
 

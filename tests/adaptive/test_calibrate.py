@@ -49,16 +49,16 @@ LOSS = "share of tokens that differ from the full model's choice"
 
 def _cheaper(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarray:
     """Measured seconds that fall along the path, so that tests do not depend on the clock."""
-    return np.array([1.0 - 0.01 * place for place in range(len(policies))])
+    return 1.0 - 0.01 * np.arange(len(policies))[None]
 
 
 def _dearer(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarray:
     """Measured seconds that say full depth is fastest, then the safest member."""
-    return np.array([1.0 + 0.01 * place for place in range(len(policies))])
+    return 1.0 + 0.01 * np.arange(len(policies))[None]
 
 
 def _first_is_best(model: Any, units: Any, policies: Any, **_: Any) -> np.ndarray:
-    return np.array([1.0, *(0.5 + 0.01 * place for place in range(len(policies) - 1))])
+    return np.array([[1.0, *(0.5 + 0.01 * place for place in range(len(policies) - 1))]])
 
 
 def _costing(*checks: float) -> Callable[..., ScheduleCosts]:

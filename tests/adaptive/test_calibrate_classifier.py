@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -49,6 +49,21 @@ def planted(x: Tensor) -> Iterator[Tensor]:
     yield 9.0 * torch.stack([x[:, 1] == 0, x[:, 1] == 1], dim=1)
 
 
+class Estimator:
+    """A model of a cascade with the interface of an estimator, the planted stages' answers."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self, stage: int) -> None:
+        self.stage, self.classes_ = stage, np.arange(2)
+
+    def predict_proba(self, rows: np.ndarray) -> np.ndarray:
+        self.calls.append(len(rows))
+        sure = 0.5 + rows[:, 0] / 2 if self.stage == 0 else np.full(len(rows), 0.99)
+        first = np.where(rows[:, 2 - self.stage] == 0, sure, 1 - sure)
+        return np.stack([first, 1 - first], axis=1)
+
+
 def true_risk(knob: float) -> float:
     """Risk of stopping where the largest probability reaches the knob."""
     return 0.0 if knob == math.inf else min(1.0, (2.0 - 2.0 * max(knob, 0.5)) ** 2 / 4)
@@ -69,7 +84,7 @@ def labels_of(x: Tensor, rng: np.random.Generator) -> Tensor:
 
 def _cheaper(stages: Any, inputs: Any, policies: Any, **_: Any) -> np.ndarray:
     """Measured seconds that fall along the path, so that tests do not depend on the clock."""
-    return 1.0 - 0.01 * np.arange(len(policies))
+    return 1.0 - 0.01 * np.arange(len(policies))[None]
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +185,7 @@ def test_too_few_inputs_give_full_computation_and_a_number(x: Tensor, count: int
 
 def test_none_faster_means_full_computation(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        module, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))
+        module, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))[None]
     )
     policy = run(x)
     assert policy.rule.threshold == math.inf
@@ -182,7 +197,9 @@ def test_the_cheapest_certified_member_is_returned(
     x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        module, "seconds_per_row", lambda s, i, p, **_: np.array([1.0, 0.5, *[0.9] * (len(p) - 2)])
+        module,
+        "seconds_per_row",
+        lambda s, i, p, **_: np.array([[1.0, 0.5, *[0.9] * (len(p) - 2)]]),
     )
     policy = run(x)
     certificate = policy.certificate
@@ -190,6 +207,30 @@ def test_the_cheapest_certified_member_is_returned(
     assert policy.rule.threshold == float(certificate.evidence["knobs"][1])
     mean = certificate.evidence["means"][LOSS][0]
     assert mean <= certificate.evidence["upper_bound"][LOSS] <= RISK
+
+
+def test_estimators_are_asked_about_many_rows_at_a_time(x: Tensor) -> None:
+    """A call has a high price in many; the outcome is that of batches as they will be in use."""
+    calls = Estimator.calls
+    calls.clear()
+    small, large = Estimator(0), Estimator(1)
+
+    def as_function(member: Estimator) -> Any:
+        return lambda rows: torch.from_numpy(np.log(member.predict_proba(rows.numpy())))
+
+    policy = Policy(MaxProbability(), Threshold(), stages=(0,))
+    settings = {"batch_size": 16, "members": 4, "policy": policy}
+    at_once = run(x, model=[small, large], **settings).certificate
+    asked, tested = len(calls), at_once.evidence["columns"]
+    assert asked <= 2 * (1 + 1 + len(tested))  # two models on the fit split, in full, per member
+    calls.clear()
+    in_batches = run(x, model=[as_function(small), as_function(large)], **settings).certificate
+    assert max(calls) == 16
+    assert len(calls) > 20 * asked
+    assert at_once.holds
+    for name in ("columns", "certified", "means", "mean_depth", "exit_counts", "upper_bound"):
+        assert at_once.evidence[name] == in_batches.evidence[name], name
+    assert at_once.decoding["batch_size"] == 16
 
 
 def test_a_family_that_never_stops_early(x: Tensor) -> None:
@@ -238,7 +279,7 @@ def test_a_certified_error_rate_of_full_computation_alone(
     x: Tensor, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        module, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))
+        module, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))[None]
     )
     policy = run((x, labels_of(x, rng)), 0.2, loss="error")
     assert policy.rule.threshold == math.inf

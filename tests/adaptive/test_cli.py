@@ -43,7 +43,9 @@ def home(
 def policy(home: Path) -> Path:
     """A policy calibrated through the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 / (1 + _count(p)))
+        patch.setattr(
+            calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 / (1 + _count(p))[None]
+        )
         patch.setattr(sys, "argv", ["adaptive", *_calibrate(home), "--out", str(home / "policy")])
         with pytest.raises(SystemExit) as end:
             main()

@@ -63,7 +63,7 @@ def test_calibration(
 ) -> None:
     monkeypatch.setattr(
         "adaptive._calibrate.seconds_per_token",
-        lambda model, units, policies, **_: np.arange(len(policies), 0, -1.0),
+        lambda model, units, policies, **_: np.arange(len(policies), 0, -1.0)[None],
     )
     settings: dict[str, Any] = {"risk": 0.4, "delta": 0.2, "new_tokens": 4, "progress": False}
     settings |= {"mode": "propagate", "members": 3, "batch_size": 16}

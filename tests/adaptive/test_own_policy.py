@@ -58,7 +58,7 @@ def model(tools: SimpleNamespace, saved_planted: Path) -> Any:
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured seconds that fall along the path, so that no test depends on the clock."""
     monkeypatch.setattr(
-        calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))
+        calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))[None]
     )
 
 
@@ -67,7 +67,9 @@ def certified(model: Any, own: AbstractRule, tools: SimpleNamespace) -> Policy:
     family = Policy(ProbeScore(), own, stages=(0, 1, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))
+            calibration,
+            "seconds_per_token",
+            lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))[None],
         )
         return calibrate(
             model,

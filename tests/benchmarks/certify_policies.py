@@ -177,7 +177,7 @@ def cheapest_is_best() -> Iterator[None]:
     kept = calibration_door.seconds_per_token
 
     def falling(model: Any, units: Any, policies: Sequence[Policy], **_: Any) -> NDArray[Any]:
-        return 1.0 - 0.01 * np.arange(len(policies))
+        return 1.0 - 0.01 * np.arange(len(policies))[None]
 
     calibration_door.seconds_per_token = falling
     try:

@@ -225,7 +225,9 @@ def test_calibrate_and_predict(model: PreTrainedModel, labelled: bool, monkeypat
     import adaptive._calibrate_classifier as module
 
     monkeypatch.setattr(
-        module, "seconds_per_row", lambda s, x, policies, **_: 1.0 - 0.01 * np.arange(len(policies))
+        module,
+        "seconds_per_row",
+        lambda s, x, policies, **_: 1.0 - 0.01 * np.arange(len(policies))[None],
     )
     inputs = some_inputs(model, 300, seed=3)
     labels = predict(model, inputs).labels

@@ -17,16 +17,12 @@ from adaptive._families._layer import (
 )
 from adaptive._families._rope import check_length, longest_text, rotary_of, unknown_scheme
 from adaptive._packing import addresses, by_group, hooked, part, stack_norms, stack_projections
+from adaptive._product import filled_up, product
 from adaptive._span import Apart, Placed, Reach, Span, Window
 from adaptive._tokens import Layout, Tokens, visible
 
 #: Above this many queries the group of a key head is not folded into the query rows.
 _FOLD_LIMIT = 64
-#: From 2 up to this many rows a product on a CPU is formed transposed, which reads the weights
-#: once: all layers on 4 rows then take 0.7 of the time that ``F.linear`` takes, on 8 rows as long.
-_THIN = 6
-#: Fewer rows than this are filled up: the transposed product takes longer for 2 and 3 than for 4.
-_EVEN = 4
 #: From this size of a layer's key and value weights on, reading them twice costs more than the
 #: few operations per layer that save it.
 _LARGE = 2**19
@@ -81,7 +77,6 @@ class NativeExecutor(TokenExecutor):
         key_norms = [layer.attention.key_norm for layer in self._layers]
         self._key_norms = stack_norms([norm for norm in key_norms if norm is not None])
         on_cpu = self._kv.device.type == "cpu"
-        self._thin = on_cpu and self._kv.dtype == torch.float32
         self._together = on_cpu and self._kv[0].nbytes >= _LARGE
         self._addresses = addresses(modules)
         self._modules = modules
@@ -310,7 +305,7 @@ class NativeExecutor(TokenExecutor):
         bare = self._norms.bare(hidden).reshape(1, batch * count, width)
         normed = part(self._norms, low, high, axes=1).finish(bare)[:, None]
         weights = self._kv[low:high]
-        if self._thin and batch * count <= _THIN:
+        if filled_up(batch * count, weights) == batch * count:
             both = torch.matmul(weights, normed.transpose(2, 3)).transpose(2, 3)
         else:
             both = torch.matmul(normed, weights.transpose(2, 3))
@@ -475,16 +470,7 @@ class NativeExecutor(TokenExecutor):
             self._values[index, rows, :, slots] = values[0]
 
     def _product(self, states: Tensor, by: Matrix) -> Tensor:
-        """``F.linear``, in the form that reads the weights once for a few rows on a CPU."""
-        batch, count, width = states.shape
-        if not self._thin or not 1 < batch * count <= _THIN:
-            return F.linear(states, by.weight, by.bias)
-        rows = states.reshape(batch * count, width).contiguous()
-        if batch * count < _EVEN:
-            rows = F.pad(rows, (0, 0, 0, _EVEN - batch * count))
-        turned = torch.mm(by.weight, rows.T).T[: batch * count]
-        turned = turned if by.bias is None else turned + by.bias
-        return turned.reshape(batch, count, -1)
+        return product(states, by.weight, by.bias)
 
     def _attend(self, index: int, query: Tensor, span: Span) -> Tensor:
         """Attention of ``query [batch, heads, n, head width]`` over the slots in reach."""

@@ -7,9 +7,9 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adaptive._families._registry import family_of
+from adaptive._product import product
 from adaptive._transfer import sent
 
 
@@ -31,7 +31,7 @@ class Readout:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
-        return self._capped(self._head(self._normed(hidden)))
+        return self._capped(self._logits(self._normed(hidden)))
 
     def among(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[batch, vocabulary]`` of ``hidden [batch, width]``, zero outside ``rows``."""
@@ -45,7 +45,7 @@ class Readout:
         """Return a readout over the ``kept`` rows of the head, gathered once."""
         weight = self._head.weight[kept]
         bias = None if self._head.bias is None else self._head.bias[kept]
-        return lambda hidden: self._capped(F.linear(self._normed(hidden), weight, bias))
+        return lambda hidden: self._capped(product(self._normed(hidden), weight, bias))
 
     def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits ``[batch, n]`` of tokens ``ids [batch, n]`` for ``hidden [batch, width]``.
@@ -57,6 +57,13 @@ class Readout:
         if self._head.bias is not None:
             logits = logits + self._head.bias[ids]
         return self._capped(logits)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        head = self._head
+        plain = type(head) is nn.Linear and not (
+            head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        )
+        return product(states, head.weight, head.bias) if plain else head(states)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         for norm in self._norms:

@@ -77,6 +77,7 @@ class NativeExecutor(TokenExecutor):
         key_norms = [layer.attention.key_norm for layer in self._layers]
         self._key_norms = stack_norms([norm for norm in key_norms if norm is not None])
         on_cpu = self._kv.device.type == "cpu"
+        self._thin = on_cpu and self._kv.dtype == torch.float32
         self._together = on_cpu and self._kv[0].nbytes >= _LARGE
         self._addresses = addresses(modules)
         self._modules = modules
@@ -470,6 +471,9 @@ class NativeExecutor(TokenExecutor):
             self._values[index, rows, :, slots] = values[0]
 
     def _product(self, states: Tensor, by: Matrix) -> Tensor:
+        # the commonest cases, one row or a GPU, are spared the question
+        if not self._thin or states.shape[0] * states.shape[1] == 1:
+            return F.linear(states, by.weight, by.bias)
         return product(states, by.weight, by.bias)
 
     def _attend(self, index: int, query: Tensor, span: Span) -> Tensor:

@@ -24,7 +24,7 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Tensor [..., rows]
         Contiguous.
     """
-    count = states.shape[:-1].numel()
+    count = states.numel() // states.shape[-1]
     filled = filled_up(count, weight)
     if not filled:
         return F.linear(states, weight, bias)

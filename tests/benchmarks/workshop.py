@@ -118,7 +118,7 @@ def build(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 class Clock:
-    """Seconds of a piece of work: CPU time of this process, or wall time of a device."""
+    """Seconds of a piece of work: CPU time of one thread, or wall time of several, or of a device."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -130,9 +130,10 @@ class Clock:
             work()
             torch.cuda.synchronize()
             return time.perf_counter() - start
-        start = time.process_time()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         work()
-        return time.process_time() - start
+        return clock() - start
 
 
 def rounds(

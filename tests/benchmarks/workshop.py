@@ -118,7 +118,7 @@ def build(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 class Clock:
-    """Seconds of a piece of work: CPU time of one thread, or wall time of several, or of a device."""
+    """Seconds of a piece of work: CPU time of one thread; wall time of several, or of a device."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")

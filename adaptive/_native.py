@@ -16,7 +16,7 @@ from adaptive._families._layer import (
     matrix,
 )
 from adaptive._families._rope import check_length, longest_text, rotary_of, unknown_scheme
-from adaptive._packing import addresses, by_group, hooked, part, stack_norms, stack_projections
+from adaptive._packing import by_group, contents, hooked, part, stack_norms, stack_projections
 from adaptive._product import filled_up, product
 from adaptive._span import Apart, Placed, Reach, Span, Window
 from adaptive._tokens import Layout, Tokens, visible
@@ -79,12 +79,19 @@ class NativeExecutor(TokenExecutor):
         on_cpu = self._kv.device.type == "cpu"
         self._thin = on_cpu and self._kv.dtype == torch.float32
         self._together = on_cpu and self._kv[0].nbytes >= _LARGE
-        self._addresses = addresses(modules)
         self._modules = modules
+        self._contents = contents(model)
 
-    def stale(self) -> bool:
-        """Whether parameters were replaced since they were packed, or a layer was hooked into."""
-        return addresses(self._modules) != self._addresses or any(map(hooked, self._modules))
+    def stale(self, model: PreTrainedModel) -> bool:
+        """Whether anything of ``model`` was replaced since it was read, or a layer hooked into.
+
+        Hooks elsewhere are called: the other modules are run as they are.
+        """
+        return (
+            contents(model) != self._contents
+            or layers_of(model) != self._modules
+            or any(map(hooked, self._modules))
+        )
 
     def begin(
         self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,27 @@ def part(norms: AbstractNorm, low: int, high: int, *, axes: int) -> AbstractNorm
     )
 
 
-def addresses(modules: list[nn.Module]) -> tuple[int, ...]:
-    """Where every parameter lives."""
-    return tuple(parameter.data_ptr() for module in modules for parameter in module.parameters())
+class Contents(NamedTuple):
+    """What a model is made of: another one if anything of it was replaced.
+
+    The modules are held, so that none is taken for one that came after it; the model is not.
+    """
+
+    modules: tuple[nn.Module, ...]
+    addresses: tuple[int, ...]
+
+
+def contents(model: nn.Module) -> Contents:
+    """Every module below a model, and where every parameter lives."""
+    found = list(model.modules())
+    return Contents(
+        tuple(found[1:]),
+        tuple(
+            0 if parameter is None else parameter.data_ptr()
+            for module in found
+            for parameter in module._parameters.values()
+        ),
+    )
 
 
 def hooked(layer: nn.Module) -> bool:

@@ -51,7 +51,7 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
     if tier == "generic":
         return GenericExecutor(model)
     found = _native.get(model)
-    if found is None or found.stale():
+    if found is None or found.stale(model):
         _native.pop(model, None)
         reason = why_not_native(model) or _self_check(model)
         if reason is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from adaptive import UnsupportedError, _native, attach_exits, generate
 from adaptive._executor import AbstractExecutor
 from adaptive._families import _registry, family_of, layers_of
 from adaptive._families._layer import Layer, RootMeanSquare
+from adaptive._families._rope import rotary_of
 from adaptive._generic import GenericExecutor
 from adaptive._native import NativeExecutor
 from adaptive._output import AdaptiveOutput
@@ -645,6 +650,135 @@ def test_a_hook_added_later_is_seen() -> None:
     ids, _ = helpers.prompts()
     model(ids, output_hidden_states=True)  # leaves hooks on every layer that only look
     assert isinstance(executor_for(model), NativeExecutor)
+
+
+# -- what is replaced after a first run is seen ---------------------------------------------------
+
+#: Name of a part -> the modules of a model that it means.
+PARTS: dict[str, Callable[[Any], list[Any]]] = {
+    "head": lambda model: [model.get_output_embeddings()],
+    "embeddings": lambda model: [model.get_input_embeddings()],
+    "positions": lambda model: [
+        module
+        for path, module in model.named_modules()
+        if path.endswith((".wpe", ".embed_positions"))
+    ],
+    "norms": lambda model: [
+        module for path in family_of(model).norms if (module := attrgetter(path)(model)) is not None
+    ],
+    "rotary": lambda model: [rotary_of(model)],
+    "layer": lambda model: [layers_of(model)[2]],
+}
+_EACH = [name for name in MAIN if name in helpers.NATIVE]
+_LEARNED = [name for name in _EACH if name.startswith(("gpt2", "opt"))]
+
+
+def _module_replaced(model: PreTrainedModel, module: Any) -> None:
+    path = next(path for path, found in model.named_modules() if found is module)
+    twin = copy.deepcopy(module)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        tensor.add_(0.3 * torch.randn_like(tensor))
+    model.set_submodule(path, twin)
+
+
+def _tensors_replaced(model: PreTrainedModel, module: Any) -> None:
+    for owner in module.modules():
+        for name, value in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, torch.nn.Parameter(value + 0.3 * torch.randn_like(value)))
+        for name, value in list(owner.named_buffers(recurse=False)):
+            setattr(owner, name, value + 0.3 * torch.randn_like(value))
+
+
+def _hooked(model: PreTrainedModel, module: Any) -> None:
+    def changed(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(2.0 * part for part in output)
+        return output.roll(1, dims=-1)
+
+    module.register_forward_hook(changed)
+
+
+REPLACED = [
+    (name, part, how)
+    for part in PARTS
+    for name in _EACH
+    if part not in ("positions", "rotary") or (part == "positions") == (name in _LEARNED)
+    for how in (_module_replaced, _tensors_replaced, _hooked)
+    if how is _module_replaced or name in ("llama", "gemma3", "opt-projected")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "how"),
+    REPLACED,
+    ids=[f"{row[0]}-{row[1]}{row[2].__name__}" for row in REPLACED],
+)
+@torch.no_grad()
+def test_what_is_replaced_after_a_run_is_seen(
+    name: str, part: str, how: Callable[[PreTrainedModel, Any], None]
+) -> None:
+    model, policy = helpers.tiny(name), helpers.never("exact")
+    ids, mask = helpers.prompts()
+    before = _ours(model, ids, mask, policy=policy, max_pending=4).sequences
+    torch.manual_seed(2)
+    for module in PARTS[part](model):
+        how(model, module)
+    plain = _plain(model, ids, mask).sequences
+    assert not torch.equal(plain, before)  # the change is worth seeing
+    for tier in (None, "generic"):
+        assert torch.equal(
+            _ours(model, ids, mask, policy=policy, max_pending=4, tier=tier).sequences, plain
+        )
+    if how is not _hooked or part != "layer":
+        assert isinstance(executor_for(model), NativeExecutor)
+
+
+@pytest.mark.parametrize("name", [*_EACH, "llama-tied-biased"])
+@torch.no_grad()
+def test_new_tokens_may_be_chosen_after_a_run(name: str) -> None:
+    model, policy = helpers.tiny(name), helpers.never("exact")
+    ids, mask = helpers.prompts()
+    _ours(model, ids, mask, policy=policy, max_pending=4)
+    model.resize_token_embeddings(helpers.VOCABULARY + 7, mean_resizing=False)
+    model.get_output_embeddings().weight[helpers.VOCABULARY :] *= 100.0
+    ids[:, -1] = helpers.VOCABULARY + 3
+    plain = _plain(model, ids, mask).sequences
+    assert bool((plain[:, ids.shape[1] :] >= helpers.VOCABULARY).any())
+    assert torch.equal(
+        _ours(model, ids, mask, policy=policy, max_pending=4, tier="native").sequences, plain
+    )
+
+
+def test_a_new_activation_is_seen() -> None:
+    model, policy = helpers.tiny("llama"), helpers.never("exact")
+    ids, mask = helpers.prompts()
+    _ours(model, ids, mask, policy=policy, max_pending=4)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Tanh()
+    plain = _plain(model, ids, mask).sequences
+    assert torch.equal(
+        _ours(model, ids, mask, policy=policy, max_pending=4, tier="native").sequences, plain
+    )
+
+
+def test_a_number_of_layers_set_later_is_seen() -> None:
+    model, policy = helpers.tiny("llama"), helpers.never("exact")
+    ids, mask = helpers.prompts()
+    _ours(model, ids, mask, policy=policy, max_pending=4)
+    model.config.num_hidden_layers = helpers.LAYERS - 1
+    plain = _plain(model, ids, mask).sequences
+    assert torch.equal(
+        _ours(model, ids, mask, policy=policy, max_pending=4, tier="native").sequences, plain
+    )
+
+
+def test_a_model_that_was_run_is_let_go() -> None:
+    model = helpers.tiny("llama")
+    executor_for(model, tier="native")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor, TokenExecutor
-from adaptive._families._rope import longest_text
+from adaptive._families._rope import room_for
 from adaptive._tier import Tier, executor_for
 from adaptive._tokens import Tokens
 
@@ -72,7 +72,7 @@ class Costs:
 
 
 def _at(tokens: tuple[int, ...], seconds: tuple[float, ...], count: float) -> float:
-    if count <= tokens[-1]:
+    if count <= tokens[-1] or len(tokens) == 1:
         return float(np.interp(count, tokens, seconds))
     slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
     return seconds[-1] + max(slope, 0.0) * (count - tokens[-1])
@@ -96,7 +96,8 @@ def costs_of(model: PreTrainedModel, *, tier: Tier | None = None) -> Costs:
     key = _place(executor, model)
     found = _known.setdefault(model, {})
     if key not in found:
-        found[key] = measure(executor, model.device, room=_room(model))
+        room = room_for(model, _BEFORE + _TOKENS[-1])
+        found[key] = measure(executor, model.device, room=room)
     return found[key]
 
 
@@ -108,7 +109,7 @@ def pays_apart(model: PreTrainedModel, rows: int, *, tier: Tier | None = None) -
     rows, in a few passes.
     """
     executor = executor_for(model, tier=tier)
-    if not isinstance(executor, TokenExecutor):
+    if not isinstance(executor, TokenExecutor) or room_for(model, _BEFORE + 1) <= _BEFORE:
         return False
     key = (rows, *_place(executor, model))
     found = _shares.setdefault(model, {})
@@ -144,21 +145,18 @@ def _place(executor: AbstractExecutor, model: PreTrainedModel) -> tuple[object, 
     return type(executor), model.device, model.dtype, torch.get_num_threads()
 
 
-def _room(model: PreTrainedModel) -> int:
-    """Slots that the model surely has a position for, as many as are of use."""
-    limits = (longest_text(model), getattr(model.config, "max_position_embeddings", None))
-    return min(_BEFORE + _TOKENS[-1], *(limit for limit in limits if limit is not None), 2**31)
-
-
 @torch.no_grad()
 def measure(
     executor: AbstractExecutor, device: torch.device, *, room: int = _BEFORE + _TOKENS[-1]
 ) -> Costs:
     """Time an executor that has not begun a run; takes about a second, for large models a few.
 
-    ``room`` is the number of slots that may be used, at least 10 of them.
+    ``room`` is the number of slots that may be used. Where there are too few to time anything,
+    texts are so short that any table will do.
     """
     counts = tuple(count for count in _TOKENS if count <= room - _BEFORE)
+    if not counts:
+        return Costs((1,), (1.0,), (1.0,))
     length = _BEFORE + counts[-1]
     positions = torch.arange(length, device=device)[None]
     executor.begin(batch_size=1, max_length=length, padding=None, positions=positions)

@@ -35,8 +35,7 @@ from adaptive._monitor_units import Watch, begin_watch, finish_watch
 from adaptive._output import AdaptiveOutput, marked, output_of
 from adaptive._request import (
     check_capture,
-    check_devices,
-    check_ids,
+    check_inputs,
     padding_and_positions,
     resumed_counts,
     row_keys,
@@ -59,6 +58,7 @@ from adaptive.calibration import (
     InvalidTypeError,
     UnsupportedError,
 )
+from adaptive.calibration._validation import check_count, check_seed
 from adaptive.policies import Policy
 
 RandomMode = Literal["generate", "keyed"]
@@ -125,7 +125,7 @@ def generate(
     units : Tensor, int64 [batch], optional
         Number of each row's unit for ``random="keyed"``; 0, 1, 2, ... if not given.
     seed : int
-        Seed for ``random="keyed"``.
+        Seed for ``random="keyed"`` and for rules that draw at random, in [0, 2**64).
     speculation : {"coupled", "rejection"}
         How sampling in ``verify`` mode draws drafts and accepts them. ``"coupled"``: draft and
         full model draw with the same noise, and a draft stays if they draw the same token. The
@@ -205,12 +205,11 @@ def generate(
         raise InvalidArgumentError(
             "speculation", speculation, f"'coupled': a policy in {policy.mode!r} mode has no drafts"
         )
-    mask = model_kwargs.get("attention_mask")
-    check_ids(input_ids, mask)
+    seed = check_seed("seed", seed)
     if monitor is not None and resumed is not None:
         raise InvalidArgumentError("resumed", "begun texts", "None: a monitor watches whole units")
-    if max_pending is not None and max_pending < 1:
-        raise InvalidArgumentError("max_pending", max_pending, "an integer >= 1")
+    if max_pending is not None:
+        max_pending = check_count("max_pending", max_pending)
     if compiled and capture is None:
         capture = "none"
     if capture is not None:
@@ -230,7 +229,7 @@ def generate(
         "compiled": compiled,
     }
     family_of(model)
-    check_devices(model, input_ids=input_ids, attention_mask=mask)
+    check_inputs(model, input_ids, model_kwargs)
     if model_kwargs.get("assistant_model") is not None:
         raise UnsupportedError(_NO_ASSISTANT)
     if not hasattr(generation_config, "_pad_token_tensor"):
@@ -289,6 +288,10 @@ def _prepared(
         raise InvalidArgumentError(
             "speculation", "rejection", "'coupled' with greedy decoding: it draws nothing"
         )
+    own = own | {
+        "units": row_keys(own["units"], input_ids),
+        "resumed": resumed_counts(own, generation_config, logits_processor, input_ids, padding),
+    }
     new_tokens = generation_config.max_length - input_ids.shape[1]
     settings = decoding_settings(model, generation_config, logits_processor, new_tokens=new_tokens)
     mismatches = certificate_mismatches(
@@ -381,7 +384,6 @@ def _job(
     )
     put = noting(own["emitted"], put)
     details = bool(config.return_dict_in_generate)
-    keys = row_keys(own, input_ids).to(input_ids.device)
     capture: Capture | None = own["capture"]
     if capture is None:
         stack = stack_for(executor, exits, policy.mode, rows=rows, most=most, apart=apart)
@@ -392,7 +394,7 @@ def _job(
             executor,
             exits,
             policy,
-            keys=keys,
+            keys=own["units"],
             seed=own["seed"],
             most=most,
             capture=capture,
@@ -402,7 +404,7 @@ def _job(
         policy=policy,
         exits=exits,
         stack=stack,
-        chooser=Chooser(processors, _noise(config, own, input_ids)),
+        chooser=Chooser(processors, _noise(config, own)),
         criteria=criteria,
         prompt=input_ids,
         max_length=config.max_length,
@@ -421,9 +423,9 @@ def _job(
         labels=details,
         keep_scores=details and bool(config.output_scores),
         keep_logits=details and bool(config.output_logits),
-        keys=keys,
+        keys=own["units"],
         seed=own["seed"],
-        resumed=resumed_counts(own, config, processors, input_ids),
+        resumed=own["resumed"],
     )
 
 
@@ -448,11 +450,9 @@ def _drop(tokens: Tensor) -> None:
     """No streamer: tokens go nowhere."""
 
 
-def _noise(
-    config: GenerationConfig, own: dict[str, Any], input_ids: Tensor
-) -> AbstractNoise | None:
+def _noise(config: GenerationConfig, own: dict[str, Any]) -> AbstractNoise | None:
     if not config.do_sample:
         return None
     if own["random"] == "generate":
         return StreamNoise()
-    return KeyedNoise(row_keys(own, input_ids), own["seed"])
+    return KeyedNoise(own["units"], own["seed"])

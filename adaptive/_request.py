@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -18,26 +19,42 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from adaptive._graphs import Capture
-from adaptive.calibration import InvalidArgumentError, UnsupportedError
+from adaptive._rows import row_integers
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from adaptive.calibration._validation import check_count
 
 #: Keyword arguments that transformers passes to every decoding method and that change nothing here.
 _IGNORED = frozenset(
     {"logits_to_keep", "use_cache", "synced_gpus", "output_attentions", "output_hidden_states"}
 )
+#: What embeddings can be looked up with.
+_INTEGERS = (torch.int64, torch.int32)
 
 
-def check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
-    """Refuse what is no batch of token ids, or has a mask of another shape."""
+def check_inputs(
+    model: PreTrainedModel, input_ids: Tensor | None, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse what is no batch of token ids, has a mask of another shape, or lies elsewhere."""
+    mask = model_kwargs.get("attention_mask")
+    for name, value in {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": model_kwargs.get("position_ids"),
+    }.items():
+        if value is not None:
+            _check_tensor(model, name, value)
     if input_ids is None:
         return
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
+    alone = model_kwargs.get("inputs_embeds") is None and not _is_filled(model_kwargs)
+    tokens = input_ids.ndim == 2 and input_ids.dtype in _INTEGERS
+    if not tokens or (alone and input_ids.numel() == 0):
         raise InvalidArgumentError(
             "input_ids",
             f"{input_ids.dtype} of shape {tuple(input_ids.shape)}",
-            "token ids: integers of shape [batch, prompt]",
+            "token ids: int64 of shape [batch, prompt], at least one token in all of them",
         )
-    # behind a filled cache, which is refused by its own name, a mask is longer than the ids
-    if mask is not None and (mask.ndim != 2 or mask.shape[1] < input_ids.shape[1]):
+    # what stands before the ids, and makes a mask longer, is refused by its own name
+    if alone and mask is not None and mask.shape != input_ids.shape:
         raise InvalidArgumentError(
             "attention_mask",
             f"shape {tuple(mask.shape)}",
@@ -45,15 +62,20 @@ def check_ids(input_ids: Tensor | None, mask: Tensor | None) -> None:
         )
 
 
-def check_devices(model: PreTrainedModel, **tensors: Tensor | None) -> None:
-    """Refuse inputs that are not where the model is, unless they are moved to its parts."""
-    if getattr(model, "hf_device_map", None):
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != model.device:
-            raise InvalidArgumentError(
-                name, f"a tensor on {tensor.device}", f"on the model's device, {model.device}"
-            )
+def _check_tensor(model: PreTrainedModel, name: str, value: object) -> None:
+    """Refuse what is no tensor where the model is; a model in parts has its inputs moved."""
+    if not isinstance(value, Tensor):
+        raise InvalidTypeError(name, value, "a tensor")
+    if value.device != model.device and not getattr(model, "hf_device_map", None):
+        raise InvalidArgumentError(
+            name, f"a tensor on {value.device}", f"on the model's device, {model.device}"
+        )
+
+
+def _is_filled(model_kwargs: dict[str, Any]) -> bool:
+    """Whether there is a cache with something in it."""
+    cache = model_kwargs.get("past_key_values")
+    return isinstance(cache, Cache) and cache.get_seq_length() > 0
 
 
 def check_capture(capture: Capture, resumed: Tensor | None) -> None:
@@ -120,11 +142,13 @@ def padding_and_positions(
         raise UnsupportedError(
             "`inputs_embeds` without `input_ids` is not supported under a policy"
         )
-    cache = model_kwargs.pop("past_key_values", None)
-    if cache is not None and cache.get_seq_length() > 0:
+    if _is_filled(model_kwargs):
         raise UnsupportedError(
             "a filled `past_key_values` is not supported under a policy: pass the whole prompt"
         )
+    model_kwargs.pop("past_key_values", None)
+    if config.max_new_tokens is not None:  # transformers rounds 2.5 up to 3, and says nothing
+        check_count("max_new_tokens", config.max_new_tokens)
     mask = model_kwargs.pop("attention_mask", None)
     given = model_kwargs.pop("position_ids", None)
     left = sorted(
@@ -151,20 +175,24 @@ def _positions(
     if given is None:
         real = torch.ones_like(input_ids) if padding is None else (~padding).to(torch.int64)
         given = (real.cumsum(dim=-1) - 1).clamp(min=0)
+    fits = given.ndim == 2 and given.shape[0] in (1, batch) and given.shape[1] >= prompt
+    if not fits or given.dtype not in _INTEGERS:
+        raise InvalidArgumentError(
+            "position_ids",
+            f"{given.dtype} of shape {tuple(given.shape)}",
+            f"integers of shape ({batch}, {prompt}) or (1, {prompt}); where none are given, "
+            "transformers makes them from `attention_mask`",
+        )
     given = given[:, -prompt:].expand(batch, prompt)
     later = torch.arange(1, max_length - prompt + 1, device=input_ids.device)
     return torch.cat([given, given[:, -1:] + later], dim=1)
 
 
-def row_keys(own: dict[str, Any], input_ids: Tensor) -> Tensor:
+def row_keys(units: Tensor | None, input_ids: Tensor) -> Tensor:
     """Return the number of each row's unit, int64 ``[batch]``."""
-    batch = input_ids.shape[0]
-    units = torch.arange(batch) if own["units"] is None else torch.as_tensor(own["units"])
-    if units.shape != (batch,):
-        raise InvalidArgumentError(
-            "units", tuple(units.shape), f"one number per row, shape ({batch},)"
-        )
-    return units.to(torch.int64)
+    rows = input_ids.shape[0]
+    keys = torch.arange(rows) if units is None else row_integers("units", units, rows=rows)
+    return keys.to(input_ids.device)
 
 
 def resumed_counts(
@@ -172,16 +200,20 @@ def resumed_counts(
     config: GenerationConfig,
     processors: LogitsProcessorList,
     input_ids: Tensor,
+    padding: Tensor | None,
 ) -> Tensor | None:
     """Check that begun texts can be gone on with."""
     if own["resumed"] is None:
         return None
+    rows, length = input_ids.shape
     plain = not config.do_sample and not processors and own["policy"].mode == "exact"
-    counts = torch.as_tensor(own["resumed"]).to(input_ids.device)
-    if not plain or counts.shape != (input_ids.shape[0],) or bool((counts < 1).any()):
+    counts = row_integers("resumed", own["resumed"], rows=rows).to(input_ids.device)
+    real = length if padding is None else (~padding).sum(dim=1)
+    if not plain or bool(((counts < 1) | (counts >= real)).any()):
         raise InvalidArgumentError(
             "resumed",
             own["resumed"],
-            "one count >= 1 per row, with greedy decoding, no processors and mode 'exact'",
+            "one count per row, at least 1 and less than the tokens of its prompt, with greedy "
+            "decoding, no processors and mode 'exact'",
         )
     return counts

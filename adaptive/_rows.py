@@ -87,6 +87,26 @@ def join_rows(batches: Sequence[Batch]) -> Batch:
     return [row for batch in batches for row in batch]
 
 
+def row_integers(name: str, value: object, *, rows: int) -> Tensor:
+    """Return one integer per row, int64 [rows], from a tensor, an array or a list.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        If it holds anything but integers of 64 bits, or not one per row.
+    """
+    expected = f"one integer per row, {rows} of them"
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidTypeError(name, value, expected) from error
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise InvalidTypeError(name, value, expected)
+    if found.shape != (rows,):
+        raise InvalidArgumentError(name, f"shape {tuple(found.shape)}", expected)
+    return found.to(torch.int64)
+
+
 def row_hashes(batch: Batch) -> tuple[str, ...]:
     """Hash of every row's content, so that equal rows meet again whatever array holds them.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaptive._executor import AbstractExecutor
+from adaptive._families._rope import room_for
 from adaptive._generic import GenericExecutor
 from adaptive._memory import ran_out
 from adaptive._native import NativeExecutor, why_not_native
@@ -20,6 +21,8 @@ from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
 Tier = Literal["native", "generic"]
 _log = logging.getLogger(__name__)
+#: Tokens of the text on which the native tier is compared with the model.
+_CHECKED = 6
 _native: weakref.WeakKeyDictionary[PreTrainedModel, NativeExecutor] = weakref.WeakKeyDictionary()
 #: Why the self-check of a model failed.
 _differing: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
@@ -79,7 +82,8 @@ def _self_check(model: PreTrainedModel) -> str | None:
     """Build the native executor and keep it if its logits are the model's own; else say why not."""
     if model in _differing:
         return _differing[model]
-    tokens = torch.arange(1, 7, device=model.device)[None] % model.config.vocab_size
+    count = room_for(model, _CHECKED)
+    tokens = torch.arange(1, count + 1, device=model.device)[None] % model.config.vocab_size
     theirs = model(input_ids=tokens, use_cache=False).logits[:, -1]
     try:
         executor = NativeExecutor(model)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from adaptive._deployment import Deployment
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits
+from adaptive._families._rope import room_for
 from adaptive._generate import generate
 from adaptive._inputs import Units, batches
 from adaptive._tier import Tier, executor_for
@@ -45,33 +46,35 @@ def stage_seconds(
         Cumulative and strictly increasing.
     """
     executor = executor_for(model, tier=tier)
-    segments, head = _segment_seconds(executor, model.device, exits.layers)
+    segments, head = _segment_seconds(executor, model, exits.layers)
     return np.asarray(np.cumsum(segments) + head)
 
 
 def layer_and_head_seconds(model: PreTrainedModel) -> tuple[float, float]:
     """Seconds of one layer and of the readout for one token of one row."""
     executor = executor_for(model)
-    stack, head = _segment_seconds(executor, model.device, ())
+    stack, head = _segment_seconds(executor, model, ())
     return float(stack[0]) / executor.layers, head
 
 
 @torch.no_grad()
 def _segment_seconds(
-    executor: AbstractExecutor, device: torch.device, inner: tuple[int, ...]
+    executor: AbstractExecutor, model: PreTrainedModel, inner: tuple[int, ...]
 ) -> tuple[NDArray[np.float64], float]:
     """Seconds of the layers between bounds, and of the readout, for one token of one row.
 
     The least of several rounds: other work on the machine only adds time.
     """
     bounds = (0, *inner, executor.layers)
-    slots = _CONTEXT + 1
+    device = model.device
+    slots = room_for(model, _CONTEXT + 1)
+    context = slots - 1
     positions = torch.arange(slots, device=device)[None]
     executor.begin(batch_size=1, max_length=slots, padding=None, positions=positions)
     try:
-        prompt = torch.ones(1, _CONTEXT, dtype=torch.int64, device=device)
+        prompt = torch.ones(1, context, dtype=torch.int64, device=device)
         executor.run(0, executor.layers, executor.embed(prompt, 0), 0)
-        hidden = executor.embed(prompt[:, :1], _CONTEXT)
+        hidden = executor.embed(prompt[:, :1], context)
         rounds: list[list[float]] = []
         began = time.perf_counter()
         while len(rounds) < _ROUNDS and (
@@ -79,8 +82,8 @@ def _segment_seconds(
         ):
             found = []
             for low, high in pairwise(bounds):
-                executor.truncate(_CONTEXT)
-                found.append(seconds(partial(executor.run, low, high, hidden, _CONTEXT), device))
+                executor.truncate(context)
+                found.append(seconds(partial(executor.run, low, high, hidden, context), device))
             found.append(seconds(partial(executor.readout, hidden[:, -1]), device))
             rounds.append(found)
     finally:

@@ -52,6 +52,14 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
     return count
 
 
+def check_seed(name: str, value: object, *, below: int = 2**64) -> int:
+    """Return `value` as an integer from 0 to `below` - 1; noise keyed by a seed repeats there."""
+    seed = check_count(name, value, least=0)
+    if seed >= below:
+        raise InvalidArgumentError(name, value, f"less than {below}")
+    return seed
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Return `value` if it is one of the words in `choices`."""
     if not isinstance(value, str):

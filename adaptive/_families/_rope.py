@@ -40,6 +40,12 @@ def longest_text(model: Any) -> int | None:
     return min(limits, default=None)
 
 
+def room_for(model: Any, most: int) -> int:
+    """Slots that the model surely has a position for: ``most``, or fewer."""
+    limits = (longest_text(model), getattr(model.config, "max_position_embeddings", None))
+    return min([most, *(limit for limit in limits if limit is not None)])
+
+
 def check_length(limit: int | None, max_length: int) -> None:
     """Refuse a text that may outgrow its rotary tables.
 

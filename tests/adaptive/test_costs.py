@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from adaptive import _costs, generate, get_exits
 from adaptive._costs import Costs, costs_of, pays_apart
 from adaptive._draft_length import DraftLength
+from adaptive._timing import stage_seconds
+from adaptive.policies import Threshold
 
 FLAT = Costs((1, 2, 4, 8, 16, 32), (1.0,) * 6, (0.5,) * 6)
 LINEAR = Costs((1, 2, 4, 8, 16, 32), (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), (0.5,) * 6)
@@ -50,6 +53,29 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert costs.of_layer(3) == 4.0
     assert costs.of_layer(6) == 7.0  # the last piece goes on
     assert costs.of_head(100) == 2.0
+
+
+def test_a_table_of_one_entry_is_flat() -> None:
+    costs = Costs((1,), (3.0,), (2.0,))
+    assert costs.of_layer(1) == costs.of_layer(7) == 3.0
+    assert costs.of_head(7) == 2.0
+    assert costs.efficient == 1
+
+
+@pytest.mark.parametrize("tier", ["native", "generic"])
+@pytest.mark.parametrize("mode", ["exact", "propagate", "verify"])
+@pytest.mark.parametrize("positions", [3, 8, 9, 10])
+def test_models_with_few_positions(mode: Any, tier: Any, positions: int, helpers: Any) -> None:
+    """There is no room to time several tokens at once, or even one."""
+    model = helpers.tiny("gpt2", n_positions=positions)
+    ids = helpers.prompts((2, 2))[0]
+    settings = {"max_new_tokens": positions - 2, "do_sample": False}
+    never = helpers.never(mode)
+    early = replace(never, rule=Threshold(0.05))
+    generate(model, ids, policy=early, tier=tier, **settings)
+    text = generate(model, ids, policy=never, tier=tier, **settings)
+    assert torch.equal(text, model.generate(ids, **settings))
+    assert stage_seconds(model, get_exits(model), tier=tier)[0] > 0
 
 
 @pytest.mark.parametrize("tier", ["native", "generic"])

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -538,9 +540,41 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "policy": ({"policy": 0.9}, InvalidTypeError, "`policy` must be a Policy"),
     "random": ({"random": "device"}, InvalidArgumentError, "`random` must be 'generate' or"),
     "max_pending": ({"max_pending": 0}, InvalidArgumentError, "`max_pending` must be"),
+    "max_pending half": ({"max_pending": 2.5}, InvalidTypeError, "`max_pending` must be"),
+    "max_pending text": ({"max_pending": "a"}, InvalidTypeError, "`max_pending` must be"),
+    "seed text": ({"seed": "x"}, InvalidTypeError, "`seed` must be an integer"),
+    "seed half": ({"seed": 1.5}, InvalidTypeError, "`seed` must be an integer"),
+    "seed negative": ({"seed": -1}, InvalidArgumentError, "`seed` must be at least 0"),
+    "seed huge": ({"seed": 2**64}, InvalidArgumentError, "`seed` must be less than"),
     "tier": ({"tier": "fast"}, InvalidArgumentError, "`tier` must be 'native', 'generic'"),
     "input_ids": (
         {"input_ids": torch.rand(3, 7)},
+        InvalidArgumentError,
+        "`input_ids` must be token",
+    ),
+    "input_ids list": ({"input_ids": [[2, 3]]}, InvalidTypeError, "`input_ids` must be a tensor"),
+    "input_ids array": (
+        {"input_ids": np.ones((3, 7), dtype=np.int64)},
+        InvalidTypeError,
+        "`input_ids` must be a tensor",
+    ),
+    "input_ids bool": (
+        {"input_ids": torch.ones(3, 7, dtype=torch.bool)},
+        InvalidArgumentError,
+        "`input_ids` must be token",
+    ),
+    "input_ids small": (
+        {"input_ids": torch.ones(3, 7, dtype=torch.uint8)},
+        InvalidArgumentError,
+        "`input_ids` must be token",
+    ),
+    "input_ids none": (
+        {"input_ids": torch.ones(0, 7, dtype=torch.int64)},
+        InvalidArgumentError,
+        "`input_ids` must be token",
+    ),
+    "input_ids empty": (
+        {"input_ids": torch.ones(3, 0, dtype=torch.int64)},
         InvalidArgumentError,
         "`input_ids` must be token",
     ),
@@ -549,7 +583,59 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InvalidArgumentError,
         "`attention_mask` must be of the shape",
     ),
-    "units": ({"units": torch.arange(2)}, InvalidArgumentError, "`units` must be one number per"),
+    "attention_mask list": (
+        {"attention_mask": [[1] * 11] * 3},
+        InvalidTypeError,
+        "`attention_mask` must be a tensor",
+    ),
+    "attention_mask rows": (
+        {"attention_mask": torch.ones(2, 11, dtype=torch.int64)},
+        InvalidArgumentError,
+        "`attention_mask` must be of the shape",
+    ),
+    "position_ids list": (
+        {"position_ids": [[*range(11)]] * 3},
+        InvalidTypeError,
+        "`position_ids` must be a tensor",
+    ),
+    "position_ids short": (
+        {"position_ids": torch.arange(3)[None]},
+        InvalidArgumentError,
+        "`position_ids` must be integers of shape",
+    ),
+    "position_ids rows": (
+        {"position_ids": torch.arange(11)[None].expand(2, 11)},
+        InvalidArgumentError,
+        "`position_ids` must be integers of shape",
+    ),
+    "position_ids flat": (
+        {"position_ids": torch.arange(11)},
+        InvalidArgumentError,
+        "`position_ids` must be integers of shape",
+    ),
+    "position_ids floats": (
+        {"position_ids": torch.arange(11.0)[None]},
+        InvalidArgumentError,
+        "`position_ids` must be integers of shape",
+    ),
+    "units": ({"units": torch.arange(2)}, InvalidArgumentError, "`units` must be one integer per"),
+    "units text": ({"units": "abc"}, InvalidTypeError, "`units` must be one integer per"),
+    "units floats": (
+        {"units": torch.tensor([0.5, 1.5, 2.5])},
+        InvalidTypeError,
+        "`units` must be one integer per",
+    ),
+    "units bool": ({"units": [True, False, True]}, InvalidTypeError, "`units` must be one integer"),
+    "units huge": ({"units": [0, 1, 2**64]}, InvalidTypeError, "`units` must be one integer per"),
+    "resumed text": ({"resumed": "x"}, InvalidTypeError, "`resumed` must be one integer per"),
+    "resumed floats": ({"resumed": [1.0] * 3}, InvalidTypeError, "`resumed` must be one integer"),
+    "resumed none": ({"resumed": [1, 0, 1]}, InvalidArgumentError, "`resumed` must be one count"),
+    "resumed all": (  # the second prompt has 7 tokens, the rest of its 11 slots is padding
+        {"resumed": [10, 7, 9]},
+        InvalidArgumentError,
+        "`resumed` must be one count per row, at least 1 and less than the tokens of its prompt",
+    ),
+    "max_new_tokens": ({"max_new_tokens": 2.5}, InvalidTypeError, "`max_new_tokens` must be an"),
     "stages": (
         {"policy": Policy(NoScore(), Threshold(), stages=(0, 3))},
         InvalidArgumentError,
@@ -566,9 +652,41 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_bad_arguments_are_named(name: str) -> None:
     settings, kind, message = ARGUMENTS[name]
-    settings = {"policy": helpers.never("exact"), "random": "keyed"} | settings
+    settings = {"policy": helpers.never("exact"), "random": "keyed", "max_new_tokens": 4} | settings
     with pytest.raises(kind, match=message):
-        generate(helpers.shared("llama"), **_inputs() | settings, max_new_tokens=4)
+        generate(helpers.shared("llama"), **_inputs() | settings)
+
+
+@pytest.mark.parametrize("door", ["verb", "transformers"])
+def test_masks_longer_than_the_prompt_are_refused(door: str) -> None:
+    """``model.generate`` reads their end as positions and their beginning as padding."""
+    inputs = _inputs()
+    inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 4), value=1)
+    settings = {"policy": helpers.never("exact"), "max_new_tokens": 4}
+    with pytest.raises(InvalidArgumentError, match="`attention_mask` must be of the shape"):
+        _through(door, helpers.shared("llama"), **inputs, **settings)
+
+
+def test_integers_of_any_kind_will_do() -> None:
+    model, inputs = helpers.shared("llama"), _inputs()
+    settings = {"policy": helpers.mixed(model, "exact"), "max_new_tokens": 6}
+    settings |= {"do_sample": True, "random": "keyed"}
+    units = torch.tensor([5, 6, 7])
+    plain = generate(model, **inputs, **settings, units=units, seed=3, max_pending=2)
+    for kind in (units.tolist(), units.numpy(), units.int(), [np.int64(unit) for unit in units]):
+        same = {"units": kind, "seed": np.int64(3), "max_pending": np.int64(2)}
+        assert torch.equal(generate(model, **inputs, **settings, **same), plain)
+    greedy = settings | {"do_sample": False}
+    for counts in ([1, 2, 3], np.array([10, 6, 9])):
+        generate(model, **inputs, **greedy, resumed=counts)
+
+
+def test_positions_may_be_one_row_for_all() -> None:
+    model, inputs = helpers.shared("gpt2"), {"input_ids": _inputs()["input_ids"]}
+    for given in (torch.arange(5, 16)[None], torch.arange(3, 16)[None]):  # the last 11 count
+        settings = {"position_ids": given, "max_new_tokens": 4, "do_sample": False}
+        ours = generate(model, **inputs, **settings, policy=helpers.never("exact"))
+        assert torch.equal(ours, model.generate(**inputs, **settings))
 
 
 def test_models_without_exits_are_refused() -> None:

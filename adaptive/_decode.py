@@ -150,12 +150,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Step:
-    """Outcome of one token's way through the segments."""
+    """Outcome of one token's way through the segments.
+
+    ``deep`` says whether every row that counts went to full depth; ``None`` if the host does not
+    know.
+    """
 
     stages: Tensor
     exit_scores: Tensor
     logits: Tensor | None
     scores: Tensor | None = None
+    deep: bool | None = None
 
 
 def decode(job: Job) -> Record:
@@ -294,7 +299,8 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
     else:
         way.finish(hidden)
     logits = readout.among(way.states, record.rows) if way.unread else way.logits
-    return Step(way.stages, way.scores, logits), policy.advance(state)
+    deep = len(way.rows) == len(record.rows)
+    return Step(way.stages, way.scores, logits, deep=deep), policy.advance(state)
 
 
 def _stepped(job: Job, record: Record, stack: DeviceStack, state: State) -> tuple[Step, State]:
@@ -304,8 +310,11 @@ def _stepped(job: Job, record: Record, stack: DeviceStack, state: State) -> tupl
     """
     stack.step(record.ids, record.active)
     if job.policy.mode == "verify":  # drafts are looked at later, and may be taken back
-        step = Step(stack.stages.clone(), stack.scores.clone(), stack.logits.clone())
-        return step, {key: value.clone() for key, value in stack.state.items()}
+        deep: bool | None = stack.pending == 0
+        if deep and stack.batch > 1:
+            deep = None  # one row at least: the others may have been carried along
+        own = stack.stages.clone(), stack.scores.clone(), stack.logits.clone()
+        return Step(*own, deep=deep), {key: value.clone() for key, value in stack.state.items()}
     kept = job.keep_scores or job.keep_logits
     logits = stack.logits.clone() if kept else stack.logits
     return Step(stack.stages, stack.scores, logits), state

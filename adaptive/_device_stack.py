@@ -122,7 +122,7 @@ class DeviceStack(AbstractStack):
         self.hidden = like.new_zeros(batch, 1, width)
         self.states, self.previous = (like.new_zeros(batch, width) for _ in range(2))
         self.ring = like.new_zeros(self._rings, batch, self.most + 1, width)
-        self.logits = torch.zeros_like(self.executor.readout(like))
+        self.logits = self.executor.readout.empty(batch)
         self.state = self._policy.init(batch, device=device)
         self._behind = torch.arange(-self.most, 1, device=device)
         self._finals: Tensor | None = None

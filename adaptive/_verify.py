@@ -59,7 +59,8 @@ def decode_verified(job: Job) -> Record:
         record.length += 1
         deep = job.stack.pending == 0
         if deep or len(drafts.steps) >= most or _must_confirm(job, record, draft.tokens):
-            going, state = _confirm(job, record, speculation, drafts, state)
+            known = step.logits if _all_deep(job, step) else None
+            going, state = _confirm(job, record, speculation, drafts, state, known)
             if job.draft_length is not None:
                 _learn(job, record, drafts, deep=deep)
             if drafts.wrong and isinstance(job.stack, ExactDeviceStack):
@@ -91,6 +92,13 @@ def _learn(job: Job, record: Record, drafts: _Drafts, *, deep: bool) -> None:
     job.draft_length.observe(accepted=kept - wrong, rejected=wrong, depths=layers)
 
 
+def _all_deep(job: Job, step: Step) -> bool:
+    """Whether every row that counts went to full depth; if only the device knows, one read."""
+    if step.deep is None:
+        return bool((step.stages == len(job.exits.layers)).all())
+    return step.deep
+
+
 def _must_confirm(job: Job, record: Record, tokens: Tensor) -> bool:
     if record.length >= job.max_length:
         return True
@@ -100,9 +108,17 @@ def _must_confirm(job: Job, record: Record, tokens: Tensor) -> bool:
 
 
 def _confirm(
-    job: Job, record: Record, speculation: AbstractSpeculation, drafts: _Drafts, state: State
+    job: Job,
+    record: Record,
+    speculation: AbstractSpeculation,
+    drafts: _Drafts,
+    state: State,
+    newest: Tensor | None,
 ) -> tuple[bool, State]:
     """Settle, hold the drafts against the full model, keep them up to the first wrong one.
+
+    ``newest [batch, vocabulary]`` are the last place's logits if they are the full model's: they
+    are not formed again, and what was drawn from them stands.
 
     Returns whether any row goes on, and the policy's state behind the last kept token.
     """
@@ -111,20 +127,30 @@ def _confirm(
     finals = stack.take_finals()
     count, full = len(drafts.steps), len(job.exits.layers)
     record.length -= count
-    logits = job.stack.executor.readout(finals)
-    known = _agreeing(record, drafts, logits) if job.chooser.plain else None
+    drafted = finals[:, : count - (newest is not None)]
+    places: list[Tensor] = []
+    known: list[bool | None] = []
+    if drafted.shape[1]:
+        logits = job.stack.executor.readout(drafted)
+        places += logits.unbind(dim=1)
+        known += _agreeing(record, drafts, logits) if job.chooser.plain else [None] * len(places)
+    if newest is not None:
+        places.append(newest)
+        known.append(True)
     for offset, (draft, step) in enumerate(zip(drafts.drawn, drafts.steps, strict=True)):
         prefix, at = record.ids[:, : record.length], record.generated
         verdict = speculation.judge(
-            prefix, logits[:, offset], at, draft=draft, full=step.stages == full
+            prefix, places[offset], at, draft=draft, full=step.stages == full
         )
-        kept = verdict.kept
-        drafts.wrong = not known[offset] if known else not bool((kept | ~record.active).all())
+        kept, stands = verdict.kept, known[offset]
+        if stands is None:
+            stands = bool((kept | ~record.active).all())
+        drafts.wrong = not stands
         tokens = draft.tokens
         if drafts.wrong:
             tokens = torch.where(kept, tokens, verdict.instead())
         stages = torch.where(kept, step.stages, full)
-        scored = Step(stages, step.exit_scores, logits[:, offset], verdict.scores)
+        scored = Step(stages, step.exit_scores, places[offset], verdict.scores)
         going = record.add(job, tokens, scored)
         record.agreement[:, at] = torch.where(record.stages[:, at] >= 0, verdict.agreement, -1)
         if job.chooser.noise is not None:
@@ -140,11 +166,12 @@ def _confirm(
 
 
 def _agreeing(record: Record, drafts: _Drafts, logits: Tensor) -> list[bool]:
-    """Per draft, whether every row that counts would have chosen it; one read by the host.
+    """Per place of ``logits``, whether every row that counts would choose the draft; one read.
 
     A row counts as long as no draft can have ended it, which is up to the first wrong one.
     """
-    drafted = torch.stack([draft.tokens for draft in drafts.drawn], dim=1)
+    drawn = drafts.drawn[: logits.shape[1]]
+    drafted = torch.stack([draft.tokens for draft in drawn], dim=1)
     agree = logits.argmax(dim=-1) == drafted
     found: list[bool] = (agree | ~record.active[:, None]).all(dim=0).tolist()
     return found

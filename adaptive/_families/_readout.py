@@ -29,6 +29,11 @@ class Readout:
         found: torch.device = self._head.weight.device
         return found
 
+    def empty(self, batch: int) -> Tensor:
+        """Logits ``[batch, vocabulary]`` that nobody has formed, all zero."""
+        weight = self._head.weight
+        return weight.new_zeros(batch, weight.shape[0])
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
         return self._capped(self._logits(self._normed(hidden)))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaptive import UnsupportedError, _device_stack, _pieces, generate
 from adaptive import policies as p
+from adaptive._families import Readout
 from adaptive.calibration import InvalidArgumentError
 from adaptive.policies import Features, Policy, State
 
@@ -131,6 +132,29 @@ def test_drafts_may_be_taken_back_over_the_end_of_a_bucket(
         model, ids, given = _given(helpers, "llama", "verify", (length,))
         given |= {"policy": helpers.mixed(model, "verify", quantile=0.5), "max_new_tokens": 24}
         _same(generate(model, ids, capture="segments", **given), generate(model, ids, **given))
+
+
+@pytest.mark.parametrize("lengths", [(6,), (6, 4)])
+def test_the_head_is_read_where_a_token_is_and_nowhere_else(
+    lengths: tuple[int, ...], helpers: Any
+) -> None:
+    """Places for logits are laid down without forming any."""
+    model, ids, given = _given(helpers, "llama", "propagate", lengths)
+    given["policy"] = Policy(p.NoScore(), p.FixedStage(1), stages=(0, 1), mode="propagate")
+    generate(model, ids, **given)  # a model is checked once
+    with helpers.reading_head() as rows:
+        generate(model, ids, capture="none", **given)
+    assert rows == [len(lengths)] * 18  # the prompt, and the tokens behind the first
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_places_for_logits_are_those_that_the_head_forms(name: str, helpers: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        readout = Readout(helpers.tiny(name, exits=False).to(dtype))
+        with torch.no_grad():
+            formed = readout(torch.zeros(2, 32, dtype=dtype))
+        place = readout.empty(2)
+        assert (place.shape, place.dtype) == (formed.shape, formed.dtype)
 
 
 @dataclass(frozen=True)

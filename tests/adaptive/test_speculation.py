@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from adaptive import InvalidArgumentError, Policy, attach_exits, generate
 from adaptive._choose import Chooser, KeyedNoise
+from adaptive._decode import walk
 from adaptive._exits import require_exits
 from adaptive._speculation import Coupled, Draft, Rejection, Verdict, drawn
 from adaptive.policies import (
@@ -536,6 +537,58 @@ def test_rows_end_where_they_say_the_end() -> None:
     assert bool((output.agreement[ended] == -1).all())
     free = _many(5, **LONG, random="keyed").sequences[:, PROMPTS.shape[1] :]
     assert torch.equal(text[~ended], free[:, : text.shape[1]][~ended])
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False, "speculation": "coupled"},
+    "processed": {"do_sample": False, "speculation": "coupled", "repetition_penalty": 1.7},
+    "coupled": {"speculation": "coupled"},
+    "rejection": {},
+}
+
+
+@pytest.mark.parametrize("capture", [None, "none"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("policy", ["never", "in turn", "random"])
+def test_the_head_is_read_once_more_for_drafts_and_for_nothing_else(
+    policy: str, name: str, rows: int, capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all rows took to full depth is confirmed by the logits that it was drawn from."""
+    deep: list[bool] = []
+
+    def walked(*given: Any) -> Any:
+        step, state = walk(*given)
+        deep.append(bool((step.stages == 2).all()))
+        return step, state
+
+    never = Policy(NoScore(), FixedStage(), stages=(0, 1), mode="verify")
+    rule = {"never": never.rule, "in turn": InTurn(), "random": RandomStage(0.6)}[policy]
+    settings = HEADS[name] | {"policy": replace(never, rule=rule), "capture": capture, "seed": 3}
+    settings |= {"random": "keyed", "output_logits": True, "output_scores": True}
+    settings |= {"max_new_tokens": 24, "max_pending": 8}
+    if settings.get("do_sample", True):
+        settings["top_k"] = 0
+    prompts = {"input_ids": PROMPTS[:rows], "attention_mask": MASK[:rows]}
+    if rows == 1:
+        prompts = {"input_ids": PROMPTS[1:2]}
+    full = _text(**prompts, **settings | {"policy": never})
+    monkeypatch.setattr("adaptive._verify.walk", walked)
+    with helpers.reading_head() as read:
+        output = _text(**prompts, **settings)
+    assert sum(read) == rows * (1 + len(deep) + deep.count(False))
+    assert (policy == "never") == all(deep)
+    assert any(deep)
+    if name != "rejection" or policy == "never":
+        assert torch.equal(output.sequences, full.sequences)
+        for kind in ("logits", "scores"):
+            mine, other = torch.stack(output[kind]), torch.stack(full[kind])
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def _text(**settings: Any) -> Any:
+    settings = {"speculation": "rejection", "do_sample": True} | settings
+    return generate(_model(), **settings, return_dict_in_generate=True)
 
 
 class Collecting(BaseStreamer):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -16,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from adaptive import attach_exits
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
-from adaptive._families import family_of, layers_of
+from adaptive._families import Readout, family_of, layers_of
 from adaptive._settings import fingerprints
 from adaptive.calibration import Certificate
 from adaptive.policies import Margin, Policy, Threshold
@@ -211,6 +213,20 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@contextmanager
+def reading_head() -> Iterator[list[int]]:
+    """Rows of every product with the whole head that is formed in here, one number a product."""
+    rows: list[int] = []
+    read = Readout.__call__
+
+    def counted(self: Readout, hidden: Tensor) -> Tensor:
+        rows.append(hidden[..., 0].numel())
+        return read(self, hidden)
+
+    with mock.patch.object(Readout, "__call__", counted):
+        yield rows
 
 
 def mixed(model: PreTrainedModel, mode: str, *, quantile: float = 0.6) -> Policy:

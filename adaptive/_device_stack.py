@@ -80,12 +80,13 @@ class DeviceStack(AbstractStack):
         self.executor: NativeExecutor = executor
         self.batch, self.most = batch, most
         self._exits, self._policy = exits, policy
-        self._keys, self._seed = keys, seed
+        self._keys, self._seed = keys.clone(), seed
         self._runner = runner
         #: Whether a row that stops has been read already, wherever it stops.
         self._reads_logits = all(
             {"logits", "answer"} & policy.needs_at(stage) for stage in policy.stages
         )
+        self._laid_out = False
         self._at = -1
         self._pending: int | None = 0
         #: Keys below this slot are read.
@@ -94,7 +95,10 @@ class DeviceStack(AbstractStack):
     def prefill(self, ids: Tensor, *, chunk: int | None = None) -> Tensor:
         """See :class:`AbstractStack`."""
         last = super().prefill(ids, chunk=chunk)
-        self._allocate(last)
+        if not self._laid_out:
+            self._allocate(last)
+            self._laid_out = True
+        self._reset()
         return last
 
     def _begun(self, length: int) -> None:
@@ -110,9 +114,11 @@ class DeviceStack(AbstractStack):
             [torch.zeros_like(self.overdue) for _ in range(self.segments)] for _ in range(3)
         )
         self.way = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(self.segments)]
-        self.slot = torch.full((1,), self._at, device=device)
-        self.origin = torch.full((1,), self._origin, device=device)
-        self.filled = torch.full((self.segments,), self._origin, device=device)
+        self.slot, self.origin = (
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
+        )
+        self.filled = torch.zeros(self.segments, dtype=torch.int64, device=device)
+        self.newest = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.running = torch.ones(batch, dtype=torch.bool, device=device)
         self.closed = torch.zeros_like(self.overdue)
@@ -127,8 +133,21 @@ class DeviceStack(AbstractStack):
         self._behind = torch.arange(-self.most, 1, device=device)
         self._finals: Tensor | None = None
         if self.keep_finals and self._settles:
-            room = self.executor.void - self._origin
-            self._finals = like.new_zeros(batch, room + 1, width)
+            # of every slot, and one for those behind: another run may begin elsewhere
+            self._finals = like.new_zeros(batch, self.executor.void + 1, width)
+
+    def _reset(self) -> None:
+        """Say that the prompt is there and nothing else has happened."""
+        self.slot.fill_(self._at)
+        self.origin.fill_(self._origin)
+        self.filled.fill_(self._origin)
+        self.closed.fill_(False)
+        self._remember(self._policy.init(self.batch, device=self.slot.device))
+        self._pending, self.stop = 0, 0
+
+    def go_on_with(self, keys: Tensor) -> None:
+        """Serve other units, int64 ``[batch]``, from the next prompt on."""
+        self._keys.copy_(keys)
 
     @cached_property
     def kind(self) -> tuple[Hashable, ...]:
@@ -162,13 +181,13 @@ class DeviceStack(AbstractStack):
         Parameters
         ----------
         ids : Tensor, int64 [batch, max_length]
-            The text, at the same place in every call.
+            The text.
         active : Tensor, bool [batch]
             Rows whose token counts.
         """
-        self.ids = ids
-        self.active.copy_(active)
         self._at += 1
+        self.newest.copy_(ids[:, self._at : self._at + 1])
+        self.active.copy_(active)
         self.stop = max(self.stop, self._bucket(self._at + 1))  # so windows of a bucket stay
         self._pending = self._runner.run(self)
 
@@ -185,7 +204,7 @@ class DeviceStack(AbstractStack):
         """Embed the newest token, run segment 0, ask for the first time."""
         self.slot.add_(1)
         self._near = self.executor.window(self.slot, queries=1, stop=self.stop)
-        hidden = self.executor.embed_window(self.ids.index_select(1, self.slot), self._near)
+        hidden = self.executor.embed_window(self.newest, self._near)
         hidden = self.executor.run_window(0, self.bounds[1], hidden, self._near, self.slot)
         self.hidden.copy_(hidden)
         self.states.copy_(hidden[:, 0])

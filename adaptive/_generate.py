@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from adaptive._choose import AbstractNoise, Chooser, KeyedNoise, StreamNoise
 from adaptive._costs import Costs
 from adaptive._decode import Job, decode
+from adaptive._device_stack import DeviceStack
 from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
@@ -32,6 +33,7 @@ from adaptive._memory import handing_back, noting
 from adaptive._monitor import Monitor
 from adaptive._monitor_records import Watched
 from adaptive._monitor_units import Watch, begin_watch, finish_watch
+from adaptive._native import NativeExecutor
 from adaptive._output import AdaptiveOutput, marked, output_of
 from adaptive._request import (
     check_capture,
@@ -42,6 +44,7 @@ from adaptive._request import (
     transformers_frame,
     with_stop_strings,
 )
+from adaptive._reuse import Plan, keep, stretched, take
 from adaptive._settings import (
     certificate_mismatches,
     check_processors,
@@ -49,6 +52,7 @@ from adaptive._settings import (
     decoding_settings,
 )
 from adaptive._speculation import SpeculationMode
+from adaptive._stack import AbstractStack
 from adaptive._stacking import device_stack_for, goes_apart, inbox, needed_costs, stack_for
 from adaptive._tier import Tier, executor_for
 from adaptive._verify import decode_verified
@@ -315,12 +319,30 @@ def _prepared(
     apart = own["capture"] is None and goes_apart(
         model, policy.mode, rows=input_ids.shape[0], tier=own["tier"]
     )
-    executor.begin(
-        batch_size=input_ids.shape[0],
-        max_length=generation_config.max_length,
-        padding=padding,
-        positions=positions,
-    )
+    rows = input_ids.shape[0]
+    most = _waiting(policy, own, costs, rows)
+    plan, kept, slots, hidden, lasting = None, None, positions, padding, False
+    if (
+        own["capture"] in ("step", "segments")
+        and watch is None
+        and isinstance(executor, NativeExecutor)
+    ):
+        hidden, slots = stretched(padding, positions, limit=executor.longest)
+        plan = Plan(
+            policy,
+            exits,
+            own["capture"],
+            own["compiled"],
+            batch=rows,
+            length=slots.shape[1],
+            most=most,
+            seed=own["seed"],
+        )
+        kept = take(model, plan, executor, padding=hidden, positions=slots)
+    if kept is not None:
+        executor = kept.executor
+    else:
+        executor.begin(batch_size=rows, max_length=slots.shape[1], padding=hidden, positions=slots)
     try:
         job = _job(
             model,
@@ -334,6 +356,8 @@ def _prepared(
             executor,
             costs,
             apart=apart,
+            most=most,
+            kept=kept,
         )
         if watch is not None:
             job = _watched(job, watch)
@@ -351,12 +375,17 @@ def _prepared(
                 covered=not mismatches,
                 tier=own["tier"],
             )
-        if not generation_config.return_dict_in_generate:
-            return record.ids[:, : record.length]
-        output = output_of(job, record, policy.certificate, mismatches)
-        return output if units is None else marked(output, units)
+        if generation_config.return_dict_in_generate:
+            output = output_of(job, record, policy.certificate, mismatches)
+            return output if units is None else marked(output, units)
+        lasting = plan is not None
+        return record.ids[:, : record.length]
     finally:
-        executor.end()
+        # nothing lasts of a run that failed, or whose keys and values were handed out
+        if lasting and plan is not None and isinstance(job.stack, DeviceStack):
+            keep(model, plan, job.stack)
+        else:
+            executor.end()
 
 
 def _job(
@@ -372,10 +401,11 @@ def _job(
     costs: Costs | None,
     *,
     apart: bool,
+    most: int,
+    kept: DeviceStack | None,
 ) -> Job:
     policy: Policy = own["policy"]
     rows = input_ids.shape[0]
-    most = own["max_pending"] or inbox(policy.mode, costs)
     pad = config._pad_token_tensor
     eos = config._eos_token_tensor
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -385,11 +415,13 @@ def _job(
     put = noting(own["emitted"], put)
     details = bool(config.return_dict_in_generate)
     capture: Capture | None = own["capture"]
+    stack: AbstractStack
     if capture is None:
         stack = stack_for(executor, exits, policy.mode, rows=rows, most=most, apart=apart)
+    elif kept is not None:
+        kept.go_on_with(own["units"])
+        stack = kept
     else:
-        if policy.mode == "exact" and own["max_pending"] is None:
-            most = max(1, most // rows)  # a window has its slots in every row
         stack = device_stack_for(
             executor,
             exits,
@@ -427,6 +459,14 @@ def _job(
         seed=own["seed"],
         resumed=own["resumed"],
     )
+
+
+def _waiting(policy: Policy, own: dict[str, Any], costs: Costs | None, rows: int) -> int:
+    """Most slots of a row that may wait."""
+    most: int = own["max_pending"] or inbox(policy.mode, costs)
+    if own["capture"] is not None and policy.mode == "exact" and own["max_pending"] is None:
+        return max(1, most // rows)  # a window has its slots in every row
+    return most
 
 
 def _watched(job: Job, watch: Watch) -> Job:

@@ -109,10 +109,45 @@ class NativeExecutor(TokenExecutor):
         self._length = [0] * self.layers
         self._padding = padding
         self._positions = positions
+        self._cos, self._sin = self._tables(positions)
+        self._reach_key: tuple[int, int] | None = None
+
+    def begin_again(self, *, padding: Tensor | None, positions: Tensor) -> bool:
+        """Begin another run, of as many rows and slots, where everything of the last one lies.
+
+        Returns whether it fits there; nothing has changed if it does not. Not after :meth:`end`.
+        """
+        cos, sin = self._tables(positions)
+        if cos.shape != self._cos.shape or (padding is None) != (self._padding is None):
+            return False
+        for place, value in (
+            (self._cos, cos),
+            (self._sin, sin),
+            (self._positions, positions),
+            *(((self._padding, padding),) if self._padding is not None else ()),
+        ):
+            place.copy_(value)
+        self._keys.zero_()  # a number that is none would be read even where it is hidden
+        self._values.zero_()
+        self._length = [0] * self.layers
+        self._reach_key = None
+        return True
+
+    def packed_as(self, other: NativeExecutor) -> bool:
+        """Whether another executor has the same weights at the same place."""
+        return self._layers is other._layers and self.readout is other.readout
+
+    @property
+    def longest(self) -> int | None:
+        """Most slots of a text, if the rotary tables say so."""
+        return self._longest
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines, signed sines ``[types, rows, 1, 1, slots, rotated]``; one row if all agree."""
         rows = positions[:1] if bool((positions == positions[:1]).all()) else positions
         tables = [self._table(rope, rows) for rope in self._ropes]
-        self._cos, self._sin = (torch.stack(parts) for parts in zip(*tables, strict=True))
-        self._reach_key: tuple[int, int] | None = None
+        cos, sin = (torch.stack(parts) for parts in zip(*tables, strict=True))
+        return cos, sin
 
     def _table(self, rope: str | None, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines ``[rows, 1, 1, slots, rotated]`` of one type of layers."""

@@ -26,8 +26,10 @@ class TapeGraph:
     """Has the methods of ``torch.cuda.CUDAGraph`` that the library uses."""
 
     replays = 0
+    made = 0
 
     def __init__(self) -> None:
+        type(self).made += 1
         self.tape: list[Any] = []
         self._open = [self.tape]
 
@@ -126,5 +128,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[TapeGraph]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(TapeGraph, "replays", 0)
+    monkeypatch.setattr(TapeGraph, "made", 0)
     monkeypatch.setattr("adaptive._stacking._needs_cuda", lambda *_: False)
     return TapeGraph

@@ -1,0 +1,174 @@
+"""Captured steps that outlive a call: what the next one reuses, and what it must not."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tape
+import torch
+from torch import Tensor
+
+from adaptive import attach_exits, generate, get_exits
+from adaptive._reuse import _kept, stretched
+from adaptive.policies import Policy
+
+MODES = ("exact", "propagate", "verify")
+LENGTHS = (6, 3, 5)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> type[tape.TapeGraph]:
+    return tape.install(monkeypatch)
+
+
+@pytest.fixture
+def model(helpers: Any) -> Any:
+    """A model of its own: what is kept for it ends with the test."""
+    return helpers.tiny("llama")
+
+
+def _texts(
+    model: Any, policy: Policy, ids: Tensor, mask: Tensor | None, capture: Any, **more: Any
+) -> Tensor:
+    settings = {"max_new_tokens": 10, "max_pending": 4, "pad_token_id": 0} | more
+    if mask is not None:
+        settings["attention_mask"] = mask
+    text: Tensor = generate(model, ids, policy=policy, capture=capture, **settings)
+    return text
+
+
+@pytest.mark.parametrize("capture", ["segments", "step"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_next_call_captures_nothing(
+    mode: str, capture: Any, model: Any, helpers: Any, taped: Any
+) -> None:
+    """Other prompts, lengths and numbers of tokens; what was kept is full of what is no number."""
+    policy = helpers.mixed(model, mode)
+    ids, mask = helpers.prompts(LENGTHS)
+    made = []
+    for turn, new in enumerate((30, 10, 30, 17)):
+        # the first and third prompts are the same: by then every piece has been needed
+        given = (ids, mask) if turn % 2 == 0 else (ids[:, :-1] + 1, mask[:, :-1])
+        found = _texts(model, policy, *given, capture, max_new_tokens=new)
+        assert torch.equal(found, _texts(model, policy, *given, None, max_new_tokens=new))
+        made.append(taped.made)
+        stack = _kept[model][1]
+        for values in (stack.executor._keys, stack.executor._values, stack.ring, stack.states):
+            values.fill_(float("nan"))
+    assert made[0] > 0
+    assert made[2] == made[1]
+    if capture == "step":  # in `verify` mode what settles is a graph of its own
+        assert made[-1] == 1 + (mode == "verify")
+
+
+def test_noise_is_that_of_the_calls_own_units(model: Any, helpers: Any, taped: Any) -> None:
+    policy = helpers.mixed(model, "propagate")
+    ids, mask = helpers.prompts(LENGTHS)
+    sampled = {"do_sample": True, "random": "keyed", "seed": 3}
+    for units in (torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9])):
+        asked = units.clone()
+        found = _texts(model, policy, ids, mask, "step", units=units, **sampled)
+        assert torch.equal(found, _texts(model, policy, ids, mask, None, units=asked, **sampled))
+        assert torch.equal(units, asked)
+    assert taped.made == 1
+
+
+CHANGES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "another policy": lambda model, policy, *given: (
+        model,
+        replace(policy, rule=policy.rule.with_knob(0.1)),
+        *given,
+    ),
+    "fewer rows": lambda model, policy, ids, mask: (model, policy, ids[:2], mask[:2]),
+    "no padding": lambda model, policy, ids, mask: (model, policy, ids.clamp(min=1), None),
+    "new weights": lambda model, *given: (_with_weights(model), *given),
+    "new exits": lambda model, *given: (_with_exits(model), *given),
+}
+
+
+def _with_weights(model: Any) -> Any:
+    layer = model.model.layers[0].mlp
+    layer.up_proj.weight = torch.nn.Parameter(2 * layer.up_proj.weight.detach())
+    return model
+
+
+def _with_exits(model: Any) -> Any:
+    attach_exits(model, get_exits(model).layers)
+    return model
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_captured_for_something_else_is_let_go(
+    change: str, model: Any, helpers: Any, taped: Any
+) -> None:
+    policy = helpers.mixed(model, "exact")
+    ids, mask = helpers.prompts(LENGTHS)
+    _texts(model, policy, ids, mask, "step")
+    before = weakref.ref(_kept[model][1])
+    other = CHANGES[change](model, policy, ids, mask)
+    found = _texts(*other, "step")
+    assert taped.made == 2
+    gc.collect()
+    assert before() is None
+    assert torch.equal(found, _texts(*other, None))
+
+
+def test_a_cache_that_was_handed_out_is_not_written_again(
+    model: Any, helpers: Any, taped: Any
+) -> None:
+    policy = helpers.mixed(model, "exact")
+    ids, mask = helpers.prompts(LENGTHS)
+    first = _texts(model, policy, ids, mask, "step", return_dict_in_generate=True)
+    assert model not in _kept
+    keys = first.past_key_values.layers[0].keys.clone()
+    _texts(model, policy, ids + 1, mask, "step")
+    assert torch.equal(first.past_key_values.layers[0].keys, keys)
+
+
+def test_nothing_is_kept_of_a_run_that_failed(model: Any, helpers: Any, taped: Any) -> None:
+    policy = helpers.mixed(model, "propagate")
+    ids, mask = helpers.prompts(LENGTHS)
+    calls = []
+
+    def failing(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    _texts(model, policy, ids, mask, "step")
+    with pytest.raises(KeyboardInterrupt):
+        _texts(model, policy, ids, mask, "step", stopping_criteria=[failing])
+    assert model not in _kept
+    found = _texts(model, policy, ids, mask, "step")
+    assert torch.equal(found, _texts(model, policy, ids, mask, None))
+
+
+def test_what_is_kept_ends_with_the_model(helpers: Any, taped: Any) -> None:
+    own = helpers.tiny("llama")
+    ids, mask = helpers.prompts(LENGTHS)
+    _texts(own, helpers.mixed(own, "exact"), ids, mask, "step")
+    assert own in _kept
+    there = weakref.ref(_kept[own][1])
+    del own
+    gc.collect()
+    assert there() is None
+
+
+def test_slots_are_laid_out_in_steps() -> None:
+    positions = torch.arange(300)[None].expand(2, -1)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, :2] = True
+    wide, longer = stretched(padding, positions, limit=None)
+    assert wide is not None
+    assert wide.shape == longer.shape == (2, 512)
+    assert int(wide.sum()) == 2
+    assert torch.equal(longer[:, :300], positions)
+    assert set(longer[:, 300:].flatten().tolist()) == {299}
+    assert stretched(None, positions, limit=400)[1].shape == (2, 400)
+    assert stretched(None, positions, limit=200)[1].shape == (2, 300)

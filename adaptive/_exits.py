@@ -266,6 +266,7 @@ def default_layers(layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(layers * part)) for part in (0.25, 0.5, 0.75)} - {layers}))
 
 
+@torch.inference_mode(False)  # a run under inference mode may load them, and they outlive it
 def attach_exits(
     model: PreTrainedModel,
     layers: Sequence[int] | Exits | str | Path | None = None,

@@ -130,7 +130,13 @@ def _of_model(model: nn.Module, form: Callable[[Tensor], Tensor]) -> str:
 
 
 def _once(module: nn.Module, kind: str, compute: Callable[[], str]) -> str:
-    """Remember a fingerprint until a parameter is replaced or written to."""
+    """Remember a fingerprint until a parameter is replaced or written to.
+
+    Of parameters made under ``torch.inference_mode()``, which do not say when they are written
+    to, none is remembered.
+    """
+    if any(value.is_inference() for value in module.parameters()):
+        return compute()
     version = tuple((value.data_ptr(), value._version) for value in module.parameters())
     if module not in _remembered or _remembered[module][0] != version:
         _remembered[module] = (version, {})

@@ -586,6 +586,8 @@ def why_not_native(model: PreTrainedModel) -> str | None:
     for index, module in enumerate(layers_of(model)):
         if hooked(module):
             return f"layer {index} carries hooks"
+        if any(parameter.is_inference() for parameter in module.parameters()):
+            return f"layer {index} was made under `torch.inference_mode()`: it cannot be packed"
         try:
             layer = native.layer(module, index, model.config)
             for projection in layer.attention.projections:

@@ -77,6 +77,7 @@ def _drops_out(model: PreTrainedModel) -> bool:
     return any(rate > 0 for rate in rates)
 
 
+@torch.inference_mode(False)  # what is packed then would be lost for training
 @torch.no_grad()
 def _self_check(model: PreTrainedModel) -> str | None:
     """Build the native executor and keep it if its logits are the model's own; else say why not."""

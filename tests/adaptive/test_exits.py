@@ -353,6 +353,25 @@ def test_a_training_step_changes_the_fingerprint(helpers: ModuleType) -> None:
     assert model_fingerprint(model) != before
 
 
+@torch.inference_mode()
+def test_a_write_under_inference_mode_changes_the_fingerprint(helpers: ModuleType) -> None:
+    model = helpers.tiny("llama")  # its parameters do not count what is written to them
+    before = model_fingerprint(model)
+    assert model_fingerprint(model) == before
+    model.get_output_embeddings().weight[3, 5] += 1.0
+    assert model_fingerprint(model) != before
+
+
+def test_exits_found_under_inference_mode_outlive_it(helpers: ModuleType, tmp_path: Path) -> None:
+    model, exits = _filled(helpers)
+    model.save_pretrained(tmp_path)
+    exits.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        found = require_exits(loaded)
+    assert not any(parameter.is_inference() for parameter in found.parameters())
+
+
 @given(
     numel=st.integers(1, 70_000),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]),

@@ -814,6 +814,32 @@ def test_packed_models_are_still_ordinary_models(name: str, tmp_path: Path) -> N
     assert torch.equal(ours.sequences, plain.sequences)
 
 
+@natives
+def test_a_model_first_run_under_inference_mode_can_be_trained(name: str) -> None:
+    model = helpers.tiny(name)
+    ids, mask = helpers.prompts()
+    with torch.inference_mode():
+        _ours(model, ids, mask, policy=helpers.never("exact"), max_pending=4, tier="native")
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    plain = _plain(model, ids, mask)
+    ours = _ours(model, ids, mask, policy=helpers.never("exact"), max_pending=4, tier="native")
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_models_made_under_inference_mode_run_on_the_generic_tier(mode: Any) -> None:
+    with torch.inference_mode():
+        model = helpers.tiny("llama")
+    ids, mask = helpers.prompts()
+    with mode():
+        assert isinstance(executor_for(model), GenericExecutor)
+        with pytest.raises(UnsupportedError, match=r"made under `torch\.inference_mode"):
+            executor_for(model, tier="native")
+        ours = _ours(model, ids, mask, policy=helpers.never("exact"), max_pending=4)
+        assert torch.equal(ours.sequences, _plain(model, ids, mask).sequences)
+
+
 class _Adapter(torch.nn.Module):
     """A linear layer with a low-rank correction beside it, as adapters have."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
@@ -13,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from adaptive._executor import AbstractExecutor
 from adaptive._families import Readout, layers_of
 from adaptive._families._rope import check_length, longest_text
+from adaptive._locks import lock_of
 from adaptive.calibration import UnsupportedError
 
 
@@ -69,7 +71,8 @@ class GenericExecutor(AbstractExecutor):
     For every range of positions the model's own forward pass is started once with its layers
     replaced by recorders: it prepares masks, rotary tables and embeddings and never computes a
     layer. The layers are then called directly with what was recorded. The recorders are instance
-    attributes that exist only during that call and are removed in ``finally``.
+    attributes that exist only during that call and are removed in ``finally``. Threads record one
+    after the other; calls from other threads meanwhile pass on to the layers themselves.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -165,7 +168,7 @@ class GenericExecutor(AbstractExecutor):
             mask = torch.ones(self._batch, length, dtype=torch.int64, device=tokens.device)
             seen = min(length, self._padding.shape[1])
             mask[:, :seen] = (~self._padding[:, :seen]).to(torch.int64)
-        with _recorders(self._modules, phantom, found, first):
+        with lock_of(self.model), _recorders(self._modules, phantom, found, first):
             try:
                 self.model(
                     input_ids=tokens,
@@ -208,9 +211,12 @@ def _recorders(
 ) -> Iterator[None]:
     """Replace every layer's forward by a recorder, and put the originals back whatever happens."""
     last = len(modules) - 1
+    owner = threading.get_ident()
 
-    def recorder(index: int) -> Any:
+    def recorder(index: int, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner:  # which uses the model as it is
+                return original(*args, **kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0:
                 first.append(hidden)
@@ -236,7 +242,7 @@ def _recorders(
     own = [module.__dict__.get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):
-            module.forward = recorder(index)
+            module.forward = recorder(index, module.forward)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from adaptive._executor import AbstractExecutor
 from adaptive._families._rope import room_for
 from adaptive._generic import GenericExecutor
+from adaptive._locks import lock_of
 from adaptive._memory import ran_out
 from adaptive._native import NativeExecutor, why_not_native
 from adaptive.calibration import InvalidArgumentError, UnsupportedError
@@ -53,21 +54,23 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
         )
     if tier == "generic":
         return GenericExecutor(model)
-    found = _native.get(model)
-    if found is None or found.stale(model):
-        _native.pop(model, None)
-        reason = why_not_native(model) or _self_check(model)
-        if reason is not None:
-            if tier == "native":
-                raise UnsupportedError(f"`tier='native'` is not possible: {reason}")
-            return GenericExecutor(model)
-    return copy.copy(_native[model])  # packed weights are shared, keys and values are not
+    with lock_of(model):  # packing is for one thread, and what another records looks like a hook
+        executor = _native.get(model)
+        if executor is None or executor.stale(model):
+            _native.pop(model, None)
+            reason = why_not_native(model) or _self_check(model)
+            if reason is not None:
+                if tier == "native":
+                    raise UnsupportedError(f"`tier='native'` is not possible: {reason}")
+                return GenericExecutor(model)
+        return copy.copy(_native[model])  # packed weights are shared, keys and values are not
 
 
 def forget(model: PreTrainedModel) -> None:
     """Drop what is kept for a model."""
-    _native.pop(model, None)
-    _differing.pop(model, None)
+    with lock_of(model):
+        _native.pop(model, None)
+        _differing.pop(model, None)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -497,6 +500,74 @@ def test_exceptions_leave_the_model_as_it_was(
     assert torch.equal(_plain(model, ids, mask).sequences, text)
     again = _ours(model, ids, mask, policy=helpers.never(mode), tier=tier)
     assert torch.equal(again.sequences, text)
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+@few
+def test_threads_generate_with_one_model_at_once(name: str, tier: Any) -> None:
+    model = helpers.tiny(name)
+    policy = helpers.mixed(model, "exact")
+    state = _state(model)
+    batches = [helpers.prompts(lengths) for lengths in ((11, 7, 10), (5,), (3, 9))]
+
+    def text(batch: int) -> Tensor:
+        ids, mask = batches[batch]
+        return _ours(model, ids, mask, policy=policy, tier=tier, max_pending=4).sequences
+
+    alone = [text(batch) for batch in range(len(batches))]
+    forget(model)  # so that threads meet while weights are packed, too
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for batch, found in [(i, pool.submit(text, i)) for i in [0, 1, 2] * 4]:
+            assert torch.equal(found.result(), alone[batch])
+    assert _state(model)["forwards"] == state["forwards"]
+
+
+@contextmanager
+def _recording(model: PreTrainedModel) -> Iterator[None]:
+    """Hold a thread of the generic tier in the midst of the model's own forward pass."""
+    ids, mask = helpers.prompts((5,))
+    inside, going = threading.Event(), threading.Event()
+
+    def hold(module: Any, args: Any) -> None:
+        if threading.get_ident() == thread.ident:
+            inside.set()
+            assert going.wait(60)
+
+    def run() -> None:
+        _ours(model, ids, mask, policy=helpers.never("exact"), tier="generic", max_pending=4)
+
+    thread = threading.Thread(target=run)
+    hook = model.get_input_embeddings().register_forward_pre_hook(hold)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        yield
+    finally:
+        going.set()
+        thread.join()
+        hook.remove()
+
+
+@families
+@torch.no_grad()
+def test_a_model_may_be_called_while_another_thread_generates(name: str) -> None:
+    model = helpers.tiny(name)
+    ids, _ = helpers.prompts((9, 9))
+    own = model(input_ids=ids).logits
+    with _recording(model):
+        assert torch.equal(model(input_ids=ids).logits, own)
+    assert torch.equal(model(input_ids=ids).logits, own)
+
+
+def test_what_another_thread_records_is_no_hook() -> None:
+    model = helpers.tiny("llama")
+    with ThreadPoolExecutor(1) as pool:
+        with _recording(model):
+            found = pool.submit(executor_for, model, tier="native")
+            assert not wait((found,), timeout=0.2).done  # it waits for its turn
+        assert isinstance(found.result(), NativeExecutor)
 
 
 # -- which tier -----------------------------------------------------------------------------------

@@ -321,9 +321,7 @@ def attach_exits(
         if rank < 0:
             raise InvalidArgumentError("rank", rank, "an integer >= 0")
         record = ExitsRecord(model=lineage(model))
-        exits = Exits(
-            chosen, model.get_input_embeddings().weight.shape[1], rank=rank, record=record
-        )
+        exits = Exits(chosen, model.config.hidden_size, rank=rank, record=record)
     exits = exits.to(model.device)
     _attached[model] = exits
     return exits

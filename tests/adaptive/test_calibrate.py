@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -267,6 +267,16 @@ def test_exits_are_trained_where_there_are_none(tools: SimpleNamespace) -> None:
     assert split["n_train_exits"] + split["n_fit"] + split["n_test"] == 90
     assert not set(exits.record.units) & {*split["fit_units"], *split["test_units"]}
     assert split["removed_because_they_shaped_the_exits"] == 0
+    detach_exits(model)
+
+
+def test_embeddings_narrower_than_the_residual_stream(
+    helpers: ModuleType, tools: SimpleNamespace
+) -> None:
+    model = helpers.tiny("opt-projected", exits=False)
+    training = ExitTraining(rank=2, steps=3, new_tokens=4, slots=200, batch_size=32)
+    policy = run(model, tools.prompts(90, seed=4), training=training, members=2)
+    assert policy.certificate.split["n_train_exits"] == 27
     detach_exits(model)
 
 

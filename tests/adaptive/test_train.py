@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ from adaptive import (
     Exits,
     ExitTraining,
     InvalidArgumentError,
+    Policy,
     attach_exits,
     collect_trace,
+    generate,
     get_exits,
     train_exits,
 )
 from adaptive._fingerprint import lineage, tokens_hash
 from adaptive._train import fit_probe
+from adaptive.policies import ProbeScore, Threshold
 
 SMALL = ExitTraining(rank=2, steps=4, new_tokens=4, slots=100, batch_size=16)
 
@@ -146,6 +149,24 @@ def test_a_rank_of_zero_trains_probes_only(tools: SimpleNamespace) -> None:
     assert exits.rank == 0
     assert not exits.shift.any()
     assert exits.trained
+
+
+@pytest.mark.parametrize("name", ["opt-projected", "opt-post-norm"])
+def test_embeddings_narrower_than_the_residual_stream(
+    name: str, helpers: ModuleType, tools: SimpleNamespace
+) -> None:
+    model = helpers.tiny(name, exits=False, word_embed_proj_dim=16)  # as OPT-350m has them
+    exits = train_exits(
+        model, tools.prompts(24, seed=1), layers=(1, 3), training=SMALL, progress=False
+    )
+    assert exits.down.shape == (2, SMALL.rank, model.config.hidden_size)
+    assert bool(exits.up.any())
+    ids, mask = helpers.prompts()
+    policy = Policy(ProbeScore(), Threshold(0.5), stages=(0, 1))
+    text = generate(
+        model, ids, attention_mask=mask, policy=policy, max_new_tokens=4, do_sample=False
+    )
+    assert text.shape == (3, ids.shape[1] + 4)
 
 
 def test_the_kept_vocabulary_is_the_models_favourites(tools: SimpleNamespace) -> None:

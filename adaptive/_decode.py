@@ -13,6 +13,7 @@ from adaptive._choose import Chooser
 from adaptive._device_stack import DeviceStack
 from adaptive._draft_length import DraftLength
 from adaptive._exits import Exits
+from adaptive._families import Readout
 from adaptive._speculation import SpeculationMode
 from adaptive._stack import AbstractStack, HostStack
 from adaptive.policies import Features, Policy, State, keyed_noise
@@ -212,8 +213,8 @@ class _Way:
         #: Rows that stopped at the last exit.
         self.stopped = self.running
         self.logits: Tensor | None = None
-        #: Whether some row stopped without logits, so that all are read off their states.
-        self.unread = False
+        #: Rows that are where they stopped without logits, and are read off their states.
+        self.unread: list[int] = []
 
     def decide(self, features: Features, here: Tensor, stop: Tensor, score: Tensor) -> bool:
         """Take an exit's decision; return whether any row stops there. One read by the host."""
@@ -224,7 +225,8 @@ class _Way:
                 return False
             self.stages = torch.full_like(self.stages, exit)
             self.states, self.logits = self.exits.translate(exit, here), features.logits
-            self.unread = features.logits is None
+            if features.logits is None:
+                self.unread = self.rows
             self.rows = []
             return True
         self.stopped = stop = stop & self.running
@@ -237,16 +239,23 @@ class _Way:
         self.stages = torch.where(stop, exit, self.stages)
         self.states = torch.where(stop[:, None], self.exits.translate(exit, here), self.states)
         if features.logits is not None:
+        if features.logits is None:
+            self.unread += [row for row in self.rows if flags[row]]
             known = features.logits if self.logits is None else self.logits
             self.logits = torch.where(stop[:, None], features.logits, known)
-        self.unread |= features.logits is None
         self.running = self.running & ~stop
         return True
 
     def finish(self, hidden: Tensor) -> None:
         """Read the rows that never stopped off the last layer's output."""
         self.states = torch.where(self.running[:, None], hidden[:, 0], self.states)
-        self.unread = True
+        self.unread = self.unread + self.rows
+
+    def read(self, readout: Readout) -> Tensor | None:
+        """Logits ``[batch, vocabulary]``, void for rows whose token does not count."""
+        if not self.unread:
+            return self.logits
+        return readout.among(self.states, sorted(self.unread), into=self.logits)
 
 
 def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
@@ -298,9 +307,8 @@ def walk(job: Job, record: Record, state: State) -> tuple[Step, State]:
         hidden = stack.deepen(segment, hidden, slot, way.rows, way.running)
     else:
         way.finish(hidden)
-    logits = readout.among(way.states, record.rows) if way.unread else way.logits
     deep = len(way.rows) == len(record.rows)
-    return Step(way.stages, way.scores, logits, deep=deep), policy.advance(state)
+    return Step(way.stages, way.scores, way.read(readout), deep=deep), policy.advance(state)
 
 
 def _stepped(job: Job, record: Record, stack: DeviceStack, state: State) -> tuple[Step, State]:

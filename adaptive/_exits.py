@@ -127,7 +127,7 @@ class Exits(nn.Module):
         if "logits" in needs or "answer" in needs:
             states = self.translate(exit, hidden)
             logits = readout(states) if rows is None else readout.among(states, rows)
-            answer = logits.argmax(dim=-1)
+            answer = logits.argmax(dim=-1) if "answer" in needs else None
         elif "head" in needs:
             head = partial(readout.at, self.translate(exit, hidden))
         if "pruned_logits" in needs:

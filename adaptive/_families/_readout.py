@@ -38,13 +38,18 @@ class Readout:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
         return self._capped(self._logits(self._normed(hidden)))
 
-    def among(self, hidden: Tensor, rows: list[int]) -> Tensor:
-        """Logits ``[batch, vocabulary]`` of ``hidden [batch, width]``, zero outside ``rows``."""
+    def among(self, hidden: Tensor, rows: list[int], *, into: Tensor | None = None) -> Tensor:
+        """Logits ``[batch, vocabulary]`` of ``rows`` of ``hidden [batch, width]``.
+
+        The others are what ``into`` has, which is written to; zero without it.
+        """
         if len(rows) == hidden.shape[0]:
             return self(hidden)
         chosen = sent(rows, hidden.device)
         logits = self(hidden[chosen])
-        return logits.new_zeros(hidden.shape[0], logits.shape[-1]).index_copy_(0, chosen, logits)
+        if into is None:
+            into = logits.new_zeros(hidden.shape[0], logits.shape[-1])
+        return into.index_copy_(0, chosen, logits)
 
     def over(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a readout over the ``kept`` rows of the head, gathered once."""

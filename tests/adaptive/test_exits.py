@@ -25,6 +25,7 @@ from adaptive import (
     get_exits,
 )
 from adaptive._exits import default_layers, require_exits
+from adaptive._families import Readout
 from adaptive._fingerprint import (
     model_fingerprint,
     tensors_fingerprint,
@@ -103,6 +104,21 @@ def test_translator_and_probe_are_their_formulas(helpers: ModuleType) -> None:
     assert torch.allclose(exits.translate(1, hidden), expected)
     logit = (hidden * exits.probe_weight[2]).sum(-1) + exits.probe_bias[2]
     assert torch.allclose(exits.probe(2, hidden), logit, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["logits", "answer"])
+def test_the_likeliest_token_is_looked_for_if_asked_for(helpers: ModuleType, name: str) -> None:
+    model, exits = _filled(helpers)
+    features = exits.features(
+        frozenset({name}),
+        0,
+        torch.randn(2, 32),
+        previous=None,
+        position=torch.ones(2, dtype=torch.int64),
+        readout=Readout(model),
+    )
+    assert features.logits is not None  # the token can be read off them where it stops
+    assert (features.answer is not None) == (name == "answer")
 
 
 def test_detach_forgets(helpers: ModuleType) -> None:

@@ -298,7 +298,7 @@ class Silent:
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.answer
 
-    def among(self, hidden: Tensor, rows: list[int]) -> Tensor:
+    def among(self, hidden: Tensor, rows: list[int], *, into: Tensor | None = None) -> Tensor:
         return self.answer
 
 

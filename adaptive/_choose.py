@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,16 +167,17 @@ class Chooser:
         """Whether the choice is the likeliest token of the raw logits."""
         return not self.processors and self.noise is None
 
-    def each(self, ids: Tensor, logits: Tensor, start: int, prompt: int) -> Tensor:
-        """Choose at several successive slots, each after its own prefix of ``ids``.
+    def each(self, ids: Tensor, logits: Tensor, slots: Sequence[int], prompt: int) -> Tensor:
+        """Choose at several slots, each after its own prefix of ``ids``.
 
         Parameters
         ----------
         ids : Tensor, int64 [batch, length]
         logits : Tensor [batch, n, vocabulary]
-            Logits at slots ``start .. start + n - 1``.
-        start, prompt : int
-            First slot, and the prompt's length.
+            Logits at the slots.
+        slots : sequence of int, [n]
+        prompt : int
+            The prompt's length.
 
         Returns
         -------
@@ -185,8 +186,8 @@ class Chooser:
         if self.plain:
             return logits.argmax(dim=-1)
         chosen = [
-            self(ids[:, : start + offset + 1], logits[:, offset], start + offset + 1 - prompt)[0]
-            for offset in range(logits.shape[1])
+            self(ids[:, : slot + 1], logits[:, place], slot + 1 - prompt)[0]
+            for place, slot in enumerate(slots)
         ]
         return torch.stack(chosen, dim=1)
 

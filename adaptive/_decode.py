@@ -16,6 +16,7 @@ from adaptive._exits import Exits
 from adaptive._families import Readout
 from adaptive._speculation import SpeculationMode
 from adaptive._stack import AbstractStack, HostStack
+from adaptive._transfer import sent
 from adaptive.policies import Features, Policy, State, keyed_noise
 
 _LABEL_CHUNK = 32
@@ -353,14 +354,18 @@ def label(job: Job, record: Record) -> None:
     finals = job.stack.take_finals()
     if finals is None:
         return
-    for offset in range(0, finals.shape[1], _LABEL_CHUNK):
-        hidden = finals[:, offset : offset + _LABEL_CHUNK]
-        at = slice(offset + decided, offset + decided + hidden.shape[1])
-        slot = record.start + offset + decided - 1
-        readout = job.stack.executor.readout
-        chosen = job.chooser.each(record.ids, readout(hidden), slot, record.start)
-        emitted = record.ids[:, slot + 1 : slot + 1 + hidden.shape[1]]
-        record.agreement[:, at] = (chosen == emitted).to(torch.int8)
-    # a token read at full depth is the full model's choice; a second product may round otherwise
-    record.agreement[record.stages == len(job.exits.layers)] = 1
-    record.agreement[record.stages < 0] = -1
+    full = len(job.exits.layers)
+    # what full depth chose is the full model's choice; a second product may round otherwise
+    record.agreement[record.stages == full] = 1
+    own = record.stages[:, decided : decided + finals.shape[1]]
+    early = (own >= 0) & (own < full)
+    places = [place for place, some in enumerate(early.any(dim=0).tolist()) if some]
+    readout = job.stack.executor.readout
+    for start in range(0, len(places), _LABEL_CHUNK):
+        part = places[start : start + _LABEL_CHUNK]
+        at = sent(part, finals.device)
+        slots = [record.start + decided - 1 + place for place in part]
+        chosen = job.chooser.each(record.ids, readout(finals[:, at]), slots, record.start)
+        same = (chosen == record.ids[:, record.start + decided + at]).to(torch.int8)
+        known = record.agreement[:, decided + at]
+        record.agreement[:, decided + at] = torch.where(early[:, at], same, known)

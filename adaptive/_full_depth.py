@@ -71,7 +71,8 @@ def choices_along(
     parts = []
     for start in range(0, states.shape[1], _CHUNK):
         logits = readout(states[:, start : start + _CHUNK])
-        parts.append(chooser.each(ids, logits, prompt + start, prompt))
+        slots = range(prompt + start, prompt + start + logits.shape[1])
+        parts.append(chooser.each(ids, logits, slots, prompt))
     return torch.cat(parts, dim=1)
 
 

@@ -251,6 +251,7 @@ def _answers(job: Job, record: Record, exit: int, states: Tensor) -> Tensor:
     for offset in range(0, states.shape[1], _CHUNK):
         hidden = job.exits.translate(exit, states[:, offset : offset + _CHUNK])
         logits = job.stack.executor.readout(hidden)
-        slot = record.start + offset
-        parts.append(job.chooser.each(record.ids, logits, slot, record.start))
+        first = record.start + offset
+        slots = range(first, first + logits.shape[1])
+        parts.append(job.chooser.each(record.ids, logits, slots, record.start))
     return torch.cat(parts, dim=1)

@@ -135,8 +135,10 @@ def test_choices_along_a_text_are_the_single_choices(noise: KeyedNoise | None) -
             return scores
 
     chooser = Chooser(LogitsProcessorList([Watching()]), noise)
-    chosen = chooser.each(ids, logits, 4, 3)
+    chosen = chooser.each(ids, logits, range(4, 9), 3)
     assert [prefix.shape[1] for prefix in seen] == [5, 6, 7, 8, 9]
     for offset in range(5):
         alone, _ = chooser(ids[:, : 5 + offset], logits[:, offset], 2 + offset)
         assert torch.equal(chosen[:, offset], alone)
+    apart = chooser.each(ids, logits[:, ::2], (4, 6, 8), 3)
+    assert torch.equal(apart, chosen[:, ::2])

@@ -34,6 +34,7 @@ from adaptive import (
     NoExitsError,
     Policy,
     UnsupportedError,
+    _stacking,
     attach_exits,
     generate,
 )
@@ -381,6 +382,31 @@ def test_output_reports_what_was_decided(mode: Mode) -> None:
     assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
     assert ours.certified is False
     assert ours.mismatches == ()
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["full length", "rows end"])
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+def test_only_rows_that_need_the_head_pass_it(
+    mode: Mode, apart: bool, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at every exit that asks a row, once where none stopped it, and for labels of drafts."""
+    monkeypatch.setattr(_stacking, "pays_apart", lambda *_, **__: apart)
+    model = helpers.shared("llama")
+    given = _inputs() | {"policy": helpers.mixed(model, mode), "do_sample": False}
+    given |= {"max_new_tokens": 24, "max_pending": 5, "return_dict_in_generate": True}
+    if ended:
+        given["eos_token_id"] = int(_text()[0, 6])
+    generate(model, **given)  # a model is checked once
+    with helpers.reading_head() as rows:
+        stages = generate(model, **given).exit_stages
+    batch, later = stages.shape[0], stages[:, 1:]
+    early = (later >= 0) & (later < len(helpers.EXITS))
+    read = batch + int((later + 1).sum())  # of a finished row, whose stage is -1, nothing
+    labels = batch * int(early.any(dim=0).sum()) if mode == "exact" else 0
+    assert sum(rows) == read + labels
+    assert int((early.any(dim=0) & (later == len(helpers.EXITS)).any(dim=0)).sum()) > 2
+    assert bool((stages < 0).any()) == ended
 
 
 def test_raw_logits_stay_raw() -> None:

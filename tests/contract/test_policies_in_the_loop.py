@@ -249,8 +249,8 @@ def test_a_dynamic_vocabulary_multiplies_the_kept_rows_only(
         )
     decided = len(run.tokens) - 1
     assert calls["rows"] == 3 * decided
-    # the prompt and the labels at the end; per token the first exit and the last layer
-    assert calls["full"] == 2 + 2 * decided
+    # the prompt; per token the first exit and the last layer
+    assert calls["full"] == 1 + 2 * decided
 
 
 def test_rows_of_the_head_are_those_of_all_logits() -> None:

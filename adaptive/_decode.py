@@ -172,6 +172,7 @@ def decode(job: Job) -> Record:
     stack = job.stack
     on_device = isinstance(stack, DeviceStack)
     job.stack.keep_finals = kept
+    again = job.label_later or job.seen is not None or (job.labels and job.policy.mode == "exact")
     if job.resumed is None:
         going = first_token(job, record)
     else:
@@ -188,7 +189,9 @@ def decode(job: Job) -> Record:
         step, state = walk(job, record, state)
         assert step.logits is not None
         tokens, scores = job.chooser(record.ids[:, : record.length], step.logits, record.generated)
-        if not kept and job.seen is None and job.chooser.noise is not None:
+        if job.chooser.noise is not None and again:
+            job.chooser.noise.set_aside(record.generated)
+        elif job.chooser.noise is not None:
             job.chooser.noise.release(record.generated)
         going = record.add(job, tokens, Step(step.stages, step.exit_scores, step.logits, scores))
         if not on_device and job.stack.pending >= job.max_pending:  # else it sees to that itself
@@ -236,12 +239,12 @@ class _Way:
         going = [row for row in self.rows if not flags[row]]
         if len(going) == len(self.rows):
             return False
+        if features.logits is None:
+            self.unread += [row for row in self.rows if flags[row]]
         self.rows = going
         self.stages = torch.where(stop, exit, self.stages)
         self.states = torch.where(stop[:, None], self.exits.translate(exit, here), self.states)
         if features.logits is not None:
-        if features.logits is None:
-            self.unread += [row for row in self.rows if flags[row]]
             known = features.logits if self.logits is None else self.logits
             self.logits = torch.where(stop[:, None], features.logits, known)
         self.running = self.running & ~stop

@@ -54,6 +54,25 @@ def test_released_noise_is_forgotten() -> None:
     assert len(noise._drawn) == len(noise._before) == 1
 
 
+@pytest.mark.parametrize("kind", ["at", "uniforms"])
+def test_noise_that_is_set_aside_is_drawn_anew(kind: str) -> None:
+    """Nothing of the vocabulary's size is kept, and the generator stays where it is."""
+    noise, like = StreamNoise(), torch.empty(2, VOCABULARY)
+    read = getattr(noise, kind)
+    torch.manual_seed(5)
+    before = []
+    for index in range(4):
+        before.append(read(index, like).clone())
+        noise.set_aside(index + 1)
+        assert not noise._drawn
+    state = torch.get_rng_state()
+    assert all(torch.equal(read(index, like), before[index]) for index in (2, 0, 3, 2))
+    assert not noise._drawn
+    assert torch.equal(torch.get_rng_state(), state)
+    noise.release(4)
+    assert not noise._before
+
+
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", [0, 1, 2**40 + 7])
 def test_keyed_noise_samples_the_softmax(seed: int) -> None:

@@ -38,6 +38,7 @@ from adaptive import (
     attach_exits,
     generate,
 )
+from adaptive._choose import StreamNoise
 from adaptive._exits import require_exits
 from adaptive._output import AdaptiveOutput
 from adaptive._settings import tokenizer_fingerprints
@@ -407,6 +408,39 @@ def test_only_rows_that_need_the_head_pass_it(
     assert sum(rows) == read + labels
     assert int((early.any(dim=0) & (later == len(helpers.EXITS)).any(dim=0)).sum()) > 2
     assert bool((stages < 0).any()) == ended
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+def test_a_run_with_labels_keeps_no_noise(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are those of noise that is kept, and the generator ends where it did."""
+    model = helpers.shared("llama")
+    given = _inputs() | {"policy": helpers.mixed(model, mode), "do_sample": True, "top_k": 0}
+    given |= {"max_new_tokens": 24, "return_dict_in_generate": True}
+    noises: list[tuple[int, int]] = []
+    read = StreamNoise.at
+
+    def watched(self: StreamNoise, index: int, like: Tensor) -> Tensor:
+        found = read(self, index, like)
+        noises.append((len(self._drawn), len(self._before)))
+        return found
+
+    def run() -> tuple[Any, Tensor, int, int]:
+        noises.clear()
+        torch.manual_seed(5)
+        output = generate(model, **given)
+        drawn, states = zip(*noises, strict=True)
+        return output, torch.rand(1), max(drawn), max(states)
+
+    monkeypatch.setattr(StreamNoise, "at", watched)
+    ours, after, drawn, states = run()
+    assert (drawn, states) == (2, 24 if mode == "exact" else 2)
+    monkeypatch.setattr(StreamNoise, "set_aside", lambda *_: None)
+    theirs, later, kept, _ = run()
+    assert kept == 24
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.agreement, theirs.agreement)
+    assert torch.equal(after, later)
+    assert mode == "propagate" or {0, 1} == set(ours.agreement.unique().tolist())
 
 
 def test_raw_logits_stay_raw() -> None:

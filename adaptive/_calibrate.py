@@ -48,6 +48,7 @@ from adaptive.calibration import (
     control_risk,
     minimum_units,
 )
+from adaptive.calibration._validation import check_count, check_rng, check_word
 from adaptive.policies import (
     Mode,
     Policy,
@@ -215,6 +216,12 @@ def calibrate(
     """
     if policy is not None and not isinstance(policy, Policy):
         raise InvalidTypeError("policy", policy, "a Policy")
+    if ledger is not None and not isinstance(ledger, DeltaLedger):
+        raise InvalidTypeError("ledger", ledger, "a DeltaLedger")
+    if pool is not None:
+        pool = check_word("pool", pool)
+    batch_size, members = check_count("batch_size", batch_size), check_count("members", members)
+    rng = check_rng(rng)
     if is_classifier(model) or is_staged(model):
         if mode is not None or tier is not None or reduction != "mean" or generation:
             foreign = f"mode={mode!r}, tier={tier!r}, reduction={reduction!r}, {sorted(generation)}"
@@ -253,16 +260,12 @@ def calibrate(
         )
     if mode not in (None, "exact", "propagate"):
         raise InvalidArgumentError("mode", mode, "'exact', 'propagate' or None")
-    if not isinstance(rng, int | np.integer):
-        raise InvalidTypeError("rng", rng, "an integer seed")
-    if members < 1:
-        raise InvalidArgumentError("members", members, "an integer >= 1")
     measured = unit_loss(loss, bound=bound, reduction=reduction)  # type: ignore[arg-type]
     needed = minimum_units(risk, delta, **_test_of(measured, method))
     given = getattr(generation.get("generation_config"), "do_sample", None)
     generation.setdefault("do_sample", bool(given))
     deployment = Deployment(
-        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=int(rng)
+        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=rng
     )
     if device is not None:
         try:
@@ -273,7 +276,7 @@ def calibrate(
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
     settings = deployment.settings(model)
     require_same_work(model, units)
-    split = split_units(model, units, training=training, rng=int(rng), progress=progress)
+    split = split_units(model, units, training=training, rng=rng, progress=progress)
     exits = split.exits
     family = (
         Policy(ProbeScore(), Threshold(), stages=tuple(range(len(exits.layers))))
@@ -309,7 +312,7 @@ def calibrate(
         fingerprints=fingerprints(model, exits)
         | _data_fingerprints(units, tokenizer, model, dataset),
         decoding=decoding,
-        split=split.record(int(rng)),
+        split=split.record(rng),
         pool=pool,
         unit=unit,
     )
@@ -338,7 +341,7 @@ def calibrate(
         account = from_first(lambda: booked(ledger, delta, purpose=purpose, data=data))
         facts = replace(facts, split=facts.split | {"ledger": account})
     found = bench.certify(
-        path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=int(rng)
+        path, facts, risk=risk, delta=delta, method=method, clustered=clustered, rng=rng
     )
     return replace(found, certificate=from_first(lambda: found.certificate))
 

@@ -77,13 +77,8 @@ def calibrate_classifier(
     progress: bool,
 ) -> Policy:
     """Certify a policy for a classifier; parameters and promises as :func:`calibrate` has them."""
-    if not isinstance(rng, int | np.integer):
-        raise InvalidTypeError("rng", rng, "an integer seed")
     if training is not None and not isinstance(training, ClassifierTraining):
         raise InvalidTypeError("training", training, "a ClassifierTraining")
-    for name, value in (("members", members), ("batch_size", batch_size)):
-        if value < 1:
-            raise InvalidArgumentError(name, value, "an integer >= 1")
     measured = row_loss(loss, bound=bound)
     needed = minimum_units(risk, delta, **_test_of(measured, method))
     if device is not None:
@@ -97,7 +92,7 @@ def calibrate_classifier(
             "dataset", "no labels", f"inputs with labels for loss={loss!r}: (inputs, labels)"
         )
     require_equal(stages.fingerprints() | {"data": units.ids})
-    split = _split(stages, units, training=training, rng=int(rng), progress=progress)
+    split = _split(stages, units, training=training, rng=rng, progress=progress)
     stages = split.stages
     clustered = groups is not None and pool is None
     n_test = len(np.unique(split.test.groups)) if clustered else len(split.test)  # type: ignore[arg-type]
@@ -106,12 +101,12 @@ def calibrate_classifier(
         fingerprints=stages.fingerprints()
         | {"data": hashlib.sha256("".join(sorted(units.ids)).encode()).hexdigest()[:24]},
         decoding={"task": "classification", "dtype": stages.dtype, "batch_size": batch_size},
-        split=split.record(int(rng)),
+        split=split.record(rng),
         pool=pool,
         unit="cluster" if clustered else "input",
         noun="input",
     )
-    bench = _Bench.of(stages, split, policy, measured, batch_size, int(rng), progress)
+    bench = _Bench.of(stages, split, policy, measured, batch_size, rng, progress)
     stages_asked = {"stages": list(bench.family.stages)}
     facts = replace(facts, decoding=facts.decoding | stages_asked)
     if n_test < needed:

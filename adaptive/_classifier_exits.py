@@ -6,7 +6,6 @@ import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaptive._encoders import encoder_layers
-from adaptive._exits import ExitsRecord, default_layers
+from adaptive._exits import ExitsRecord, layer_counts
 from adaptive._fingerprint import lineage, related, tensors_fingerprint
 from adaptive.calibration import CertificateError, InvalidArgumentError
 from adaptive.policies._hub import located, pushed
@@ -215,16 +214,13 @@ def untrained_exits(model: PreTrainedModel, layers: Sequence[int] | None) -> Cla
 
     Raises
     ------
-    InvalidArgumentError
-        If a layer is out of range.
+    InvalidArgumentError, InvalidTypeError
+        If a layer is out of range, or no integer.
     """
     total = encoder_layers(model)
     if total < 2:
         raise InvalidArgumentError("model", "one layer", "a model of at least two layers")
-    chosen = default_layers(total) if layers is None else tuple(int(layer) for layer in layers)
-    rising = all(a < b for a, b in pairwise(chosen))
-    if not chosen or not rising or chosen[0] < 1 or chosen[-1] >= total:
-        raise InvalidArgumentError("layers", chosen, f"ascending layer counts in 1..{total - 1}")
+    chosen = layer_counts(layers, total)
     config: Any = model.config
     record = ExitsRecord(model=lineage(model))
     return ClassifierExits(chosen, config.hidden_size, classes=config.num_labels, record=record)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptive.calibration import InvalidArgumentError
+from adaptive.calibration._validation import check_positive
 
 ClassLossName = Literal["disagreement", "excess_error", "error"]
 #: ``loss(early, full, labels)`` on logits float32 [rows, classes] and class indices int64 [rows] or
@@ -97,4 +98,5 @@ def row_loss(loss: ClassLossName | ClassLoss, *, bound: float | None) -> RowLoss
         )
     if bound is None:
         raise InvalidArgumentError("bound", None, "the largest value your loss can take")
-    return RowLoss(f"{getattr(loss, '__name__', 'user')} loss", loss, float(bound))
+    largest = check_positive("bound", bound)
+    return RowLoss(f"{getattr(loss, '__name__', 'user')} loss", loss, largest)

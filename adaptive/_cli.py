@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from adaptive.calibration import CertificateError, InvalidArgumentError, minimum_units
+from adaptive.calibration._validation import check_count, check_rng
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,8 +63,9 @@ def demo(
 ) -> None:
     """Calibrate the shipped model on real text and check the promise on fresh prompts."""
     _check(risk, delta)
-    _at_least("units", units, 2)
-    _at_least("fresh", fresh, 2)
+    check_count("units", units, least=2)
+    check_count("fresh", fresh, least=2)
+    check_rng(seed)
     from adaptive._demo import run_demo
 
     run_demo(
@@ -157,7 +159,7 @@ def generate(
     ] = False,
 ) -> None:
     """Generate text under a saved policy."""
-    _at_least("new_tokens", new_tokens, 1)
+    check_count("new_tokens", new_tokens)
     from adaptive._exits import attach_exits
     from adaptive._generate import generate as decode
     from adaptive._output import AdaptiveOutput
@@ -341,8 +343,3 @@ def _check(risk: float, delta: float) -> None:
     for name, value in (("risk", risk), ("delta", delta)):
         if not 0 < value < 1:
             raise InvalidArgumentError(name, value, "in (0, 1)")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InvalidArgumentError(name, value, f"an integer >= {least}")

@@ -22,8 +22,10 @@ from adaptive._predict import features, predict_rows, stages_of
 from adaptive._progress import bar
 from adaptive._rows import Batch, count_rows, take_rows
 from adaptive._stages import AbstractStages, StageOutput
-from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, Trace
+from adaptive.calibration._validation import check_count, check_rng
 from adaptive.policies import AbstractScore, MaxProbability, Policy, keyed_noise, unit_keys
+from adaptive.policies._base import check_stage
 
 #: Every stage is asked, however many there are.
 _ALL = range(sys.maxsize)
@@ -167,7 +169,7 @@ def seconds_per_row(
     -------
     ndarray of float64 [n_batches, n_policies]
     """
-    found = []
+    found: list[list[float]] = []
     for rows in torch.arange(count_rows(inputs)).split(batch_size):
         batch = take_rows(inputs, rows)
         found.append([])
@@ -215,7 +217,16 @@ def collect_predictions(
         One row per input. Losses ``disagreement`` and, with labels, ``excess_error``; measured
         seconds per stage; columns ``answers [n, n_exits]``, ``choices`` (the full model's) and,
         with labels, ``labels``.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        If an argument is out of range or of the wrong kind; the message names it.
     """
+    batch_size, rng = check_count("batch_size", batch_size), check_rng(rng)
+    if score is not None and not isinstance(score, AbstractScore):
+        raise InvalidTypeError("score", score, "an AbstractScore")
+    asked = None if stages is None else check_stage(stages)
     runner = stages_of(model, tokenizer=tokenizer)
     units = read_examples(dataset, stages=runner, column=column, groups=groups).distinct()
     score = MaxProbability() if score is None else score
@@ -223,7 +234,7 @@ def collect_predictions(
         runner,
         units,
         score=score,
-        asked=stages,
+        asked=asked,
         batch_size=batch_size,
         seed=rng,
         progress=progress,

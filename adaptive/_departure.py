@@ -22,6 +22,7 @@ from adaptive._run import Run
 from adaptive._runs import full_depth, run_units
 from adaptive._tier import Tier
 from adaptive.calibration import InvalidArgumentError, Trace, UnsupportedError, binomial_upper_bound
+from adaptive.calibration._validation import check_rng
 from adaptive.policies import Policy, exit_stages
 
 
@@ -305,7 +306,7 @@ def path_losses(
         )
     generation.setdefault("do_sample", False)
     deployment = Deployment(
-        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=rng
+        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=check_rng(rng)
     )
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column).distinct()
     texts = [

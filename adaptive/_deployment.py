@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from adaptive._choose import Chooser, KeyedNoise
 from adaptive._settings import check_processors, decoding_settings
 from adaptive.calibration import InvalidArgumentError
+from adaptive.calibration._validation import check_count
 from adaptive.policies import unit_keys
 
 
@@ -39,10 +40,9 @@ class Deployment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 2:
-            raise InvalidArgumentError("new_tokens", self.new_tokens, "an integer >= 2")
-        if self.batch_size < 1:
-            raise InvalidArgumentError("batch_size", self.batch_size, "an integer >= 1")
+        for name, least in (("new_tokens", 2), ("batch_size", 1)):
+            count = check_count(name, getattr(self, name), least=least)
+            object.__setattr__(self, name, count)
         for name in ("max_new_tokens", "max_length"):
             if name in self.generation:
                 raise InvalidArgumentError(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from adaptive._rows import Batch, count_rows, is_frame, join_rows, row_hashes, take_rows
 from adaptive._stages import AbstractStages
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._validation import label_array
 
 #: Columns in which labels and texts are looked for, in this order.
 _LABELS = ("label", "labels", "y", "target")
@@ -110,7 +111,7 @@ def read_examples(
         found = replace(found, labels=_class_indices(labels, len(found)))
     clusters = _joined("groups", [part[2] for part in parts]) if key else groups
     if clusters is not None:
-        clusters = np.asarray(clusters)
+        clusters = label_array(clusters)
         if clusters.shape != (len(found),):
             raise InvalidArgumentError(
                 "groups", f"{len(clusters)} values", f"one per row, {len(found)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,13 @@ from transformers import PreTrainedModel
 
 from adaptive._families import Readout, layers_of
 from adaptive._fingerprint import lineage, related
-from adaptive.calibration import AdaptiveError, CertificateError, InvalidArgumentError
+from adaptive.calibration import (
+    AdaptiveError,
+    CertificateError,
+    InvalidArgumentError,
+    InvalidTypeError,
+)
+from adaptive.calibration._validation import check_count
 from adaptive.policies import Features
 from adaptive.policies._hub import located, pushed
 
@@ -266,6 +273,25 @@ def default_layers(layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(layers * part)) for part in (0.25, 0.5, 0.75)} - {layers}))
 
 
+def layer_counts(layers: Sequence[int] | None, total: int) -> tuple[int, ...]:
+    """Return the layers below each exit, those of :func:`default_layers` if none are given.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        If they are no integers, not ascending, or out of range.
+    """
+    expected = f"ascending layer counts in 1..{total - 1}"
+    try:
+        chosen = default_layers(total) if layers is None else tuple(map(operator.index, layers))
+    except TypeError as error:
+        raise InvalidTypeError("layers", layers, expected) from error
+    rising = all(a < b for a, b in pairwise(chosen))
+    if not chosen or not rising or chosen[0] < 1 or chosen[-1] >= total:
+        raise InvalidArgumentError("layers", chosen, expected)
+    return chosen
+
+
 @torch.inference_mode(False)  # a run under inference mode may load them, and they outlive it
 def attach_exits(
     model: PreTrainedModel,
@@ -295,8 +321,8 @@ def attach_exits(
 
     Raises
     ------
-    InvalidArgumentError
-        If a layer is out of range, or the exits belong to another model.
+    InvalidArgumentError, InvalidTypeError
+        If a layer or the rank is out of range or no integer, or the exits belong to another model.
     UnsupportedError
         If the model's family is not supported; the message names what is missing.
     """
@@ -312,14 +338,8 @@ def attach_exits(
                 f"exits of this model in any precision, {lineage(model)}",
             )
     else:
-        chosen = default_layers(total) if layers is None else tuple(layers)
-        rising = all(a < b for a, b in pairwise(chosen))
-        if not chosen or not rising or chosen[0] < 1 or chosen[-1] >= total:
-            raise InvalidArgumentError(
-                "layers", chosen, f"ascending layer counts in 1..{total - 1}"
-            )
-        if rank < 0:
-            raise InvalidArgumentError("rank", rank, "an integer >= 0")
+        chosen = layer_counts(layers, total)
+        rank = check_count("rank", rank, least=0)
         record = ExitsRecord(model=lineage(model))
         exits = Exits(chosen, model.config.hidden_size, rank=rank, record=record)
     exits = exits.to(model.device)

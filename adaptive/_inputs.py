@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptive._fingerprint import tokens_hash
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._validation import label_array
 
 #: Columns in which a prompt is looked for, in this order.
 _PROMPT_KEYS = ("prompt", "text", "messages", "input_ids")
@@ -127,7 +128,7 @@ def read_units(
     if not prompts:
         raise InvalidArgumentError("dataset", "no prompts", "at least one prompt")
     if groups is not None and not isinstance(groups, str):
-        labels = list(groups)
+        labels = list(label_array(groups))
         if len(labels) != len(prompts):
             raise InvalidArgumentError(
                 "groups", f"{len(labels)} values", f"one per prompt, {len(prompts)}"

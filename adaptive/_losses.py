@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from adaptive._run import Run
 from adaptive.calibration import InvalidArgumentError
+from adaptive.calibration._validation import check_positive
 
 Tokens = Sequence[int]
 #: ``loss(early, full, reference)``; the reference is the unit's given continuation or ``None``.
@@ -169,7 +170,8 @@ def unit_loss(
         )
     if bound is None:
         raise InvalidArgumentError("bound", None, "the largest value your loss can take")
-    return UnitLoss(f"{getattr(loss, '__name__', 'user')} loss", False, float(bound), loss)
+    largest = check_positive("bound", bound)
+    return UnitLoss(f"{getattr(loss, '__name__', 'user')} loss", False, largest, loss)
 
 
 def _longest_common(a: Tokens, b: Tokens) -> int:

@@ -94,8 +94,7 @@ class Monitor:
         on_unit: Callable[[Watched], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if snapshot_every < 1:
-            raise InvalidArgumentError("snapshot_every", snapshot_every, "an integer >= 1")
+        snapshot_every = check_count("snapshot_every", snapshot_every)
         self.policy, self.rules = policy, rules
         self.events: deque[Event] = deque(maxlen=100)
         self._on_event, self._on_unit, self._clock = on_event, on_unit, clock
@@ -179,6 +178,8 @@ class Monitor:
         UnsupportedError
             If the certificate promises several risks, or the mode is ``verify``.
         """
+        if not isinstance(policy, Policy):
+            raise InvalidTypeError("policy", policy, "a Policy")
         certificate = policy.certificate
         if certificate is None:
             raise InvalidArgumentError(

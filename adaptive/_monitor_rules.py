@@ -22,7 +22,7 @@ from adaptive.calibration import (
     combine_evidence,
     corrected_losses,
 )
-from adaptive.calibration._validation import check_number
+from adaptive.calibration._validation import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ class Rules:
                 "or audits by score",
             )
         for name in ("tighten", "probation", "seed", "awaited"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise InvalidArgumentError(name, value, "an integer >= 0")
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=0))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that tell these rules from others."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from adaptive._classifier_exits import ClassifierExits
 from adaptive._encoder_stages import EncoderStages
 from adaptive._encoders import encoder_family, is_classifier
-from adaptive._rows import Batch, count_rows, take_rows
+from adaptive._rows import Batch, count_rows, row_integers, take_rows
 from adaptive._stages import AbstractStages, StageOutput, staged
 from adaptive.calibration import (
     Certificate,
@@ -22,6 +22,7 @@ from adaptive.calibration import (
     InvalidArgumentError,
     InvalidTypeError,
 )
+from adaptive.calibration._validation import check_count, check_seed
 from adaptive.policies import Features, Policy, State, keyed_noise
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def predict(
     units : Tensor, int64 [rows], optional
         Number of each row's unit, for rules that draw at random; 0, 1, 2, ... if not given.
     seed : int
-        Seed for rules that draw at random.
+        Seed for rules that draw at random, in [0, 2**64).
 
     Returns
     -------
@@ -154,8 +155,9 @@ def predict(
     """
     if policy is not None and not isinstance(policy, Policy):
         raise InvalidTypeError("policy", policy, "a Policy")
-    if batch_size is not None and batch_size < 1:
-        raise InvalidArgumentError("batch_size", batch_size, "an integer >= 1")
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
+    seed = check_seed("seed", seed)
     stages = stages_of(model, tokenizer=tokenizer)
     mismatches = () if policy is None else certificate_mismatches(policy, stages)
     if mismatches and certified:
@@ -201,9 +203,9 @@ def predict_rows(
     total = count_rows(inputs)
     if total == 0:
         raise InvalidArgumentError("batch", "no rows", "a batch of at least one row")
-    keys = torch.arange(total) if units is None else units.cpu()
-    if keys.shape != (total,):
-        raise InvalidArgumentError("units", f"shape {tuple(keys.shape)}", f"({total},)")
+    keys = torch.arange(total)
+    if units is not None:
+        keys = row_integers("units", units, rows=total).cpu()
     size = total if batch_size is None else batch_size
     parts = []
     for start in range(0, total, size):

@@ -131,7 +131,7 @@ def seconds_per_token(
         Prompts included; the same for all policies.
     """
     bare = [replace(policy, certificate=None) for policy in policies]
-    found = []
+    found: list[list[float]] = []
     for index, ids, mask in batches(units, size=rows, pad=0, device=model.device):
         arguments = deployment.arguments([units.ids[i] for i in index])
         if rows > 1:

@@ -14,7 +14,8 @@ from adaptive._exits import require_exits
 from adaptive._inputs import read_units
 from adaptive._runs import full_depth, require_same_work, run_units
 from adaptive._tier import Tier
-from adaptive.calibration import Trace
+from adaptive.calibration import InvalidTypeError, Trace
+from adaptive.calibration._validation import check_rng
 from adaptive.policies import AbstractScore
 
 
@@ -60,12 +61,16 @@ def collect_trace(
     ------
     NoExitsError
         If the model has no exits.
+    InvalidArgumentError, InvalidTypeError
+        If an argument is out of range or of the wrong kind; the message names it.
     """
     exits = require_exits(model)
+    if score is not None and not isinstance(score, AbstractScore):
+        raise InvalidTypeError("score", score, "an AbstractScore")
     given = getattr(generation.get("generation_config"), "do_sample", None)
     generation.setdefault("do_sample", bool(given))
     deployment = Deployment(
-        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=rng
+        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=check_rng(rng)
     )
     units = read_units(
         dataset, model=model, tokenizer=tokenizer, column=column, groups=groups

@@ -30,7 +30,8 @@ from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._progress import bar
 from adaptive._runs import full_depth, run_units
-from adaptive.calibration import InvalidArgumentError, UnsupportedError
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from adaptive.calibration._validation import check_count, check_positive, check_rng
 
 _log = logging.getLogger(__name__)
 _SAVE_EVERY = 50
@@ -79,10 +80,9 @@ class ExitTraining:
             "batch_size": 1,
         }
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise InvalidArgumentError(name, getattr(self, name), f"an integer >= {low}")
-        if not self.learning_rate > 0:
-            raise InvalidArgumentError("learning_rate", self.learning_rate, "a positive number")
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=low))
+        rate = check_positive("learning_rate", self.learning_rate)
+        object.__setattr__(self, "learning_rate", rate)
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,14 @@ def train_exits(
 
     Raises
     ------
-    InvalidArgumentError
-        If there are fewer than 4 prompts, or ``checkpoint`` holds another run.
+    InvalidArgumentError, InvalidTypeError
+        If there are fewer than 4 prompts, ``checkpoint`` holds another run, or an argument is out
+        of range or of the wrong kind; the message names it.
     """
     training = ExitTraining() if training is None else training
+    if not isinstance(training, ExitTraining):
+        raise InvalidTypeError("training", training, "an ExitTraining")
+    rng = check_rng(rng)
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column).distinct()
     if len(units) < 4:
         raise InvalidArgumentError(

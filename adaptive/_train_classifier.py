@@ -22,7 +22,8 @@ from adaptive._exits import ExitsRecord
 from adaptive._progress import bar
 from adaptive._rows import take_rows
 from adaptive._train import fit_probe
-from adaptive.calibration import InvalidArgumentError
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError
+from adaptive.calibration._validation import check_count, check_rng
 
 _log = logging.getLogger(__name__)
 #: Penalties tried for a classifier, per unit of standardised weight squared.
@@ -48,8 +49,7 @@ class ClassifierTraining:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(name, getattr(self, name), "an integer >= 1")
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
 
 
 def train_classifier_exits(
@@ -96,8 +96,9 @@ def train_classifier_exits(
 
     Raises
     ------
-    InvalidArgumentError
-        If there are fewer than 8 distinct inputs, or labels the model has no class for.
+    InvalidArgumentError, InvalidTypeError
+        If there are fewer than 8 distinct inputs, labels the model has no class for, or an argument
+        is out of range or of the wrong kind; the message names it.
     UnsupportedError
         If the model's family is not supported.
 
@@ -106,6 +107,9 @@ def train_classifier_exits(
     Cost: one full-depth pass, then convex problems on ``2 width`` numbers per input and exit.
     """
     training = ClassifierTraining() if training is None else training
+    if not isinstance(training, ClassifierTraining):
+        raise InvalidTypeError("training", training, "a ClassifierTraining")
+    rng = check_rng(rng)
     exits = untrained_exits(model, layers)
     stages = EncoderStages(model, None, tokenizer)
     units = read_examples(dataset, stages=stages, column=column).distinct()

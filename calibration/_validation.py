@@ -60,6 +60,11 @@ def check_seed(name: str, value: object, *, below: int = 2**64) -> int:
     return seed
 
 
+def check_rng(rng: object) -> int:
+    """Return `rng` as a seed that scikit-learn takes, too, and its successor."""
+    return check_seed("rng", rng, below=2**32 - 1)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Return `value` if it is one of the words in `choices`."""
     if not isinstance(value, str):

@@ -164,8 +164,8 @@ def test_the_module_runs_as_a_program(home: Path, policy: Path) -> None:
         ("unknown loss", {"loss": "bleu"}, "`loss` must be one of"),
         ("unknown mode", {"mode": "fast"}, "`mode` must be"),
         ("verify", {"mode": "verify"}, "`verify` mode has no risk"),
-        ("too few tokens", {"new_tokens": 1}, "`new_tokens` must be an integer >= 2"),
-        ("no batch", {"batch_size": 0}, "`batch_size` must be an integer >= 1"),
+        ("too few tokens", {"new_tokens": 1}, "`new_tokens` must be at least 2"),
+        ("no batch", {"batch_size": 0}, "`batch_size` must be at least 1"),
         ("unknown device", {"device": "warp"}, "`device` must be"),
     ],
     ids=lambda part: part if isinstance(part, str) and "`" not in part else "",
@@ -330,7 +330,7 @@ def test_a_policy_of_another_model_is_refused(
     ("arguments", "message"),
     [
         (["--prompt", ""], "`prompt` must be a text of at least one token"),
-        (["--prompt", "w2", "--new-tokens", "0"], "`new_tokens` must be an integer >= 1"),
+        (["--prompt", "w2", "--new-tokens", "0"], "`new_tokens` must be at least 1"),
     ],
 )
 def test_bad_calls_of_generate(

@@ -18,6 +18,7 @@ from adaptive._exits import require_exits
 from adaptive._inputs import Units, read_units
 from adaptive._output import AdaptiveOutput
 from adaptive._runs import full_depth, run_units
+from adaptive.calibration import InvalidTypeError
 from adaptive.policies import (
     AbstractRule,
     AbstractScore,
@@ -267,10 +268,38 @@ def test_models_without_exits(helpers: Any) -> None:
         collect_trace(helpers.tiny("llama", exits=False), [[2, 3]], progress=False)
 
 
+@pytest.mark.parametrize("value", [0, 2.5, "8", True, None], ids=repr)
 @pytest.mark.parametrize("name", ["new_tokens", "batch_size"])
-def test_bad_sizes_are_named(model: Any, name: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"`{name}` must be an integer >="):
-        collect_trace(model, [[2, 3]], progress=False, **{name: 0})
+def test_bad_sizes_are_named(model: Any, name: str, value: Any) -> None:
+    error = InvalidArgumentError if value == 0 else InvalidTypeError
+    with pytest.raises(error, match=f"`{name}` must be a"):
+        collect_trace(model, [[2, 3]], progress=False, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"rng": -1}, InvalidArgumentError),
+        ({"rng": 2**32}, InvalidArgumentError),
+        ({"rng": 1.5}, InvalidTypeError),
+        ({"rng": "x"}, InvalidTypeError),
+        ({"score": 3}, InvalidTypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(model: Any, settings: Any, error: Any) -> None:
+    with pytest.raises(error, match=f"`{next(iter(settings))}` must be"):
+        collect_trace(model, [[2, 3]], progress=False, **settings)
+
+
+def test_integers_of_numpy_will_do(model: Any) -> None:
+    sizes = {"new_tokens": 4, "batch_size": 2, "rng": 3}
+    settings = {"progress": False, "do_sample": True}
+    prompts = [[2, 3], [4, 5, 6], [7]]
+    same = {name: np.int64(value) for name, value in sizes.items()}
+    plain = collect_trace(model, prompts, **settings, **sizes)
+    other = collect_trace(model, prompts, **settings, **same)
+    assert np.array_equal(plain.columns["emitted"], other.columns["emitted"])
 
 
 def test_texts_of_one_token_only(model: Any) -> None:

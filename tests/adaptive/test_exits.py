@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ from adaptive._fingerprint import (
     text_hash,
     tokens_hash,
 )
-from adaptive.calibration import CertificateError
+from adaptive.calibration import CertificateError, InvalidTypeError
 from adaptive.policies import DynamicVocabulary, Margin, Mode, Policy, ProbeScore, Threshold
 
 
@@ -60,9 +61,21 @@ def test_layers_are_checked(helpers: ModuleType, layers: tuple[int, ...]) -> Non
     assert get_exits(model) is None
 
 
-def test_rank_is_checked(helpers: ModuleType) -> None:
-    with pytest.raises(InvalidArgumentError, match="`rank` must be an integer >= 0, got -1"):
-        attach_exits(helpers.tiny("llama", exits=False), (1,), rank=-1)
+@pytest.mark.parametrize("layers", [(1.5, 2), 3, (1, "a"), ((1, 2),)])
+def test_layers_that_are_no_integers_are_named(helpers: ModuleType, layers: Any) -> None:
+    model = helpers.tiny("llama", exits=False)
+    with pytest.raises(InvalidTypeError, match=r"`layers` must be ascending .* in 1\.\.5"):
+        attach_exits(model, layers)
+    assert attach_exits(model, np.array([1, 3])).layers == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rank", "error"),
+    [(-1, InvalidArgumentError), (1.5, InvalidTypeError), ("a", InvalidTypeError)],
+)
+def test_rank_is_checked(helpers: ModuleType, rank: Any, error: Any) -> None:
+    with pytest.raises(error, match="`rank` must be"):
+        attach_exits(helpers.tiny("llama", exits=False), (1,), rank=rank)
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,8 @@ def test_a_late_label_out_of_range_is_named_whatever_state_it_comes_in(
         ({"curve_weight": "half"}, "`curve_weight` must be a real number"),
         ({"seed": -1}, "`seed` must be at least 0"),
         ({"probation": 1.5}, "`probation` must be an integer"),
+        ({"snapshot_every": 2.5}, "`snapshot_every` must be an integer"),
+        ({"snapshot_every": "a"}, "`snapshot_every` must be an integer"),
         ({"alpha": 0.0}, "`alpha` must be in"),
         ({"beta": 1.0}, "`beta` must be in"),
     ],
@@ -305,6 +307,11 @@ def test_settings_that_cannot_keep_the_promise_are_named(
 ) -> None:
     with pytest.raises((InvalidArgumentError, InvalidTypeError), match=words):
         Monitor.for_policy(policy, **settings)
+
+
+def test_what_is_watched_is_a_policy() -> None:
+    with pytest.raises(InvalidTypeError, match="`policy` must be a Policy"):
+        Monitor.for_policy(0.9)  # type: ignore[arg-type]
 
 
 def test_losses_below_zero_where_the_detector_declares_them(policy: Policy) -> None:

@@ -26,6 +26,7 @@ from adaptive.calibration import (
     EvidenceAudits,
     ExpectedLossCurve,
     InvalidArgumentError,
+    InvalidTypeError,
     LifetimeRiskMonitor,
     RecoveryTest,
     RiskMonitor,
@@ -378,7 +379,7 @@ def test_audits_by_score_correct_the_losses() -> None:
     ],
 )
 def test_impossible_rules_are_named(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=words):
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=words):
         rules(**changes)
 
 

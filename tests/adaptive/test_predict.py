@@ -30,6 +30,7 @@ from adaptive.policies import (
     NegativeEntropy,
     Patience,
     ProbeScore,
+    RandomStage,
     SampledExit,
     Saturation,
     Threshold,
@@ -380,7 +381,14 @@ def test_features_that_are_not_there(model: Staged, inputs: Tensor, score: Any, 
     [
         ({"policy": 0.5}, InvalidTypeError, "policy"),
         ({"batch_size": 0}, InvalidArgumentError, "batch_size"),
+        ({"batch_size": 2.5}, InvalidTypeError, "batch_size"),
+        ({"batch_size": "8"}, InvalidTypeError, "batch_size"),
         ({"units": torch.arange(3)}, InvalidArgumentError, "units"),
+        ({"units": "ab"}, InvalidTypeError, "units"),
+        ({"units": torch.rand(3)}, InvalidTypeError, "units"),
+        ({"seed": "x"}, InvalidTypeError, "seed"),
+        ({"seed": 1.5}, InvalidTypeError, "seed"),
+        ({"seed": -1}, InvalidArgumentError, "seed"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -388,6 +396,36 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=match):
         predict(model, inputs, **settings)
+
+
+def test_units_are_integers_of_any_kind(model: Staged, inputs: Tensor) -> None:
+    units = torch.arange(64).flip(0)
+    policy = Policy(MaxProbability(), RandomStage(0.5), stages=(0, 1))
+    plain = predict(model, inputs, policy=policy, units=units, seed=5)
+    assert len(set(plain.exit_stages.tolist())) > 1
+    for kind in (units.tolist(), units.numpy()):
+        found = predict(model, inputs, policy=policy, units=kind, seed=np.int64(5))
+        assert torch.equal(found.exit_stages, plain.exit_stages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"batch_size": 0}, InvalidArgumentError),
+        ({"batch_size": 1.5}, InvalidTypeError),
+        ({"rng": "x"}, InvalidTypeError),
+        ({"rng": -1}, InvalidArgumentError),
+        ({"stages": 0}, InvalidTypeError),
+        ({"stages": (0.5,)}, InvalidTypeError),
+        ({"score": 3}, InvalidTypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_traces_are_named(
+    model: Staged, inputs: Tensor, settings: Any, error: Any
+) -> None:
+    with pytest.raises(error, match=f"`{next(iter(settings))}` must be"):
+        collect_predictions(model, inputs, progress=False, **settings)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from adaptive import (
 )
 from adaptive._fingerprint import lineage, tokens_hash
 from adaptive._train import fit_probe
+from adaptive.calibration import InvalidTypeError
 from adaptive.policies import ProbeScore, Threshold
 
 SMALL = ExitTraining(rank=2, steps=4, new_tokens=4, slots=100, batch_size=16)
@@ -311,11 +312,45 @@ def test_too_few_distinct_prompts(tools: SimpleNamespace) -> None:
         ("batch_size", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("learning_rate", "x"),
+        ("rank", 1.5),
+        ("steps", "a"),
+        ("new_tokens", 2.5),
+        ("batch_size", True),
     ],
 )
 def test_settings_are_checked(name: str, value: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"`{name}` must be"):
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=f"`{name}` must be"):
         ExitTraining(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"rng": -1}, InvalidArgumentError),
+        ({"rng": 2**32}, InvalidArgumentError),
+        ({"rng": 1.5}, InvalidTypeError),
+        ({"rng": "x"}, InvalidTypeError),
+        ({"rng": None}, InvalidTypeError),
+        ({"training": {"rank": 1}}, InvalidTypeError),
+        ({"layers": (1.5,)}, InvalidTypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(tools: SimpleNamespace, settings: Any, error: Any) -> None:
+    prompts = [[2, 3], [4], [5], [6]]
+    with pytest.raises(error, match=f"`{next(iter(settings))}` must be"):
+        train_exits(tools.model(), prompts, **{"training": SMALL, "progress": False} | settings)
+
+
+def test_integers_of_numpy_are_written_as_any(tmp_path: Path, tools: SimpleNamespace) -> None:
+    training = replace(SMALL, rank=np.int64(SMALL.rank), steps=np.int64(1))
+    prompts = [[2, 3], [4], [5], [6]]
+    settings = {"training": training, "progress": False, "rng": np.int64(1)}
+    exits = train_exits(tools.model(), prompts, **settings)
+    exits.save_pretrained(tmp_path)
+    assert Exits.from_pretrained(tmp_path).record == exits.record
 
 
 def test_texts_that_end_at_once_teach_nothing(tools: SimpleNamespace) -> None:

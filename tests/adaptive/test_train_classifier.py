@@ -20,7 +20,7 @@ from transformers import (
 
 from adaptive import calibrate, predict
 from adaptive._train_classifier import fit_classifier
-from adaptive.calibration import InvalidArgumentError
+from adaptive.calibration import InvalidArgumentError, InvalidTypeError
 from adaptive.classifiers import ClassifierExits, ClassifierTraining, train_classifier_exits
 from adaptive.policies import MaxProbability, Policy, Threshold
 
@@ -132,9 +132,32 @@ def test_what_cannot_be_trained_on_is_named(model: Any, inputs: dict[str, Tensor
         trained(model, few)
     with pytest.raises(InvalidArgumentError, match=f"labels in 0..{CLASSES - 1}"):
         trained(model, (inputs, np.full(60, CLASSES)))
-    for settings in ({"steps": 0}, {"batch_size": 0}):
-        with pytest.raises(InvalidArgumentError, match="an integer >= 1"):
-            ClassifierTraining(**settings)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+@pytest.mark.parametrize("value", [0, 1.5, "a"])
+def test_settings_are_checked(name: str, value: Any) -> None:
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=f"`{name}` must be"):
+        ClassifierTraining(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"rng": -1}, InvalidArgumentError),
+        ({"rng": "x"}, InvalidTypeError),
+        ({"training": 3}, InvalidTypeError),
+        ({"layers": (1.5,)}, InvalidTypeError),
+        ({"layers": 3}, InvalidTypeError),
+        ({"layers": (1, "a")}, InvalidTypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(
+    model: Any, inputs: dict[str, Tensor], settings: Any, error: Any
+) -> None:
+    with pytest.raises(error, match=f"`{next(iter(settings))}` must be"):
+        train_classifier_exits(model, inputs, progress=False, **settings)
 
 
 # -- from strings to answers ----------------------------------------------------------------------

@@ -88,7 +88,6 @@ class Exits(nn.Module):
         self.layers = tuple(int(layer) for layer in layers)
         self.rank = rank
         self.record = record
-        self._gathered: tuple[Readout, Callable[[Tensor], Tensor]] | None = None
         count = len(self.layers)
         self.down = nn.Parameter(torch.zeros(count, rank, width), requires_grad=False)
         self.up = nn.Parameter(torch.zeros(count, width, rank), requires_grad=False)
@@ -152,16 +151,14 @@ class Exits(nn.Module):
         )
 
     def _pruned(self, readout: Readout) -> Callable[[Tensor], Tensor]:
-        """Readout over the kept vocabulary; its rows are gathered once per readout."""
+        """Readout over the kept vocabulary."""
         if self.kept.numel() == 0:
             raise InvalidArgumentError(
                 "policy",
                 "a score on the pruned vocabulary",
                 "exits trained with `kept_vocabulary > 0`",
             )
-        if self._gathered is None or self._gathered[0] is not readout:
-            self._gathered = (readout, readout.over(self.kept))
-        return self._gathered[1]
+        return readout.over(self.kept)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``exits.json`` and ``exits.safetensors`` into ``directory``, beside the model."""

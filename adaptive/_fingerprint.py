@@ -7,7 +7,6 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +35,9 @@ _PASSING = frozenset(
         "chunk_size_feed_forward",
     }
 )
-_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[str, str]]] = (
-    weakref.WeakKeyDictionary()
-)
+_remembered: weakref.WeakKeyDictionary[
+    nn.Module, tuple[tuple[tuple[int, int], ...], dict[str, str]]
+] = weakref.WeakKeyDictionary()
 
 
 def text_hash(text: str) -> str:
@@ -129,15 +128,22 @@ def _of_model(model: nn.Module, form: Callable[[Tensor], Tensor]) -> str:
     return hashlib.sha256((text + weights).encode()).hexdigest()[:24]
 
 
-def _once(module: nn.Module, kind: str, compute: Callable[[], str]) -> str:
-    """Remember a fingerprint until a parameter is replaced or written to.
+def version_of(module: nn.Module) -> tuple[tuple[int, int], ...] | None:
+    """Return what changes when a parameter is replaced or written to.
 
-    Of parameters made under ``torch.inference_mode()``, which do not say when they are written
-    to, none is remembered.
+    ``None`` if a parameter was made under ``torch.inference_mode()``: it counts no writes.
     """
-    if any(value.is_inference() for value in module.parameters()):
+    parameters = list(module.parameters())
+    if any(parameter.is_inference() for parameter in parameters):
+        return None
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+
+
+def _once(module: nn.Module, kind: str, compute: Callable[[], str]) -> str:
+    """Remember a fingerprint for as long as the parameters are known not to have changed."""
+    version = version_of(module)
+    if version is None:
         return compute()
-    version = tuple((value.data_ptr(), value._version) for value in module.parameters())
     if module not in _remembered or _remembered[module][0] != version:
         _remembered[module] = (version, {})
     known = _remembered[module][1]

@@ -86,6 +86,7 @@ class GenericExecutor(AbstractExecutor):
     ) -> None:
         """See :class:`AbstractExecutor`."""
         check_length(longest_text(self.model), max_length)
+        self.readout.begin()
         self._batch = batch_size
         self._padding = padding
         self._positions = positions

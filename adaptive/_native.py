@@ -98,6 +98,7 @@ class NativeExecutor(TokenExecutor):
     ) -> None:
         """See :class:`TokenExecutor`."""
         check_length(self._longest, max_length)
+        self.readout.begin()
         like = self._kv
         # one slot more, which nobody sees: windows write there what is not theirs to write
         self.void = max_length

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive._families._registry import family_of
+from adaptive._fingerprint import version_of
 from adaptive._product import product
 from adaptive._transfer import sent
 
@@ -22,6 +23,8 @@ class Readout:
         self._norms = [module for module in found if module is not None]
         self._head = model.get_output_embeddings()  # type: ignore[operator]
         self._cap = getattr(model.config, family.softcap) if family.softcap else None
+        self._over: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+        self._version = version_of(self._head)
 
     @property
     def device(self) -> torch.device:
@@ -51,8 +54,19 @@ class Readout:
             into = logits.new_zeros(hidden.shape[0], logits.shape[-1])
         return into.index_copy_(0, chosen, logits)
 
+    def begin(self) -> None:
+        """Start another run: the head may have been trained since the one before."""
+        version = version_of(self._head)
+        if version is None or version != self._version:
+            self._over, self._version = None, version
+
     def over(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a readout over the ``kept`` rows of the head, gathered once."""
+        if self._over is None or self._over[0] is not kept:
+            self._over = (kept, self._gathered(kept))
+        return self._over[1]
+
+    def _gathered(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
         weight = self._head.weight[kept]
         bias = None if self._head.bias is None else self._head.bias[kept]
         return lambda hidden: self._capped(product(self._normed(hidden), weight, bias))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,15 @@ from adaptive._fingerprint import (
     tokens_hash,
 )
 from adaptive.calibration import CertificateError, InvalidTypeError
-from adaptive.policies import DynamicVocabulary, Margin, Mode, Policy, ProbeScore, Threshold
+from adaptive.policies import (
+    DynamicVocabulary,
+    Margin,
+    MaxProbability,
+    Mode,
+    Policy,
+    ProbeScore,
+    Threshold,
+)
 
 
 def _filled(helpers: ModuleType, *, rank: int = 2) -> tuple[Any, Exits]:
@@ -156,6 +165,34 @@ def test_models_outside_the_families_are_named() -> None:
         attach_exits(T5ForConditionalGeneration(config))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"Linear has no `config\.model_type`"):
         attach_exits(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tier", ["native", "generic"])
+@torch.no_grad()
+def test_a_pruned_vocabulary_follows_a_head_that_is_trained(helpers: ModuleType, tier: Any) -> None:
+    model, exits = _filled(helpers)
+    ids, mask = helpers.prompts()
+    policy = Policy(MaxProbability(pruned=True), Threshold(math.inf), stages=(0, 1, 2))
+
+    def scores() -> torch.Tensor:
+        output: Any = generate(
+            model,
+            ids,
+            attention_mask=mask,
+            policy=policy,
+            max_new_tokens=4,
+            max_pending=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            tier=tier,
+        )
+        found: torch.Tensor = output.exit_scores
+        return found
+
+    scores()
+    model.get_output_embeddings().weight[exits.kept] = 0.0
+    found = scores()[:, 1:]
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 3))
 
 
 def test_a_score_on_a_pruned_vocabulary_needs_one(helpers: ModuleType) -> None:

@@ -213,37 +213,39 @@ def _recorders(
     """Replace every layer's forward by a recorder, and put the originals back whatever happens."""
     last = len(modules) - 1
     owner = threading.get_ident()
+    originals = [module.forward for module in modules]
 
-    def recorder(index: int, original: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != owner:  # which uses the model as it is
-                return original(*args, **kwargs)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if index == 0:
-                first.append(hidden)
+    @torch.compiler.disable  # of a compiled model, too, each thread's own calls are looked at
+    def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != owner:  # which uses the model as it is
+            return originals[index](*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if index == 0:
+            first.append(hidden)
 
-            def marked(value: Any) -> Any:
-                if value is hidden:
-                    return _Hidden
-                return _CachePlace if value is phantom else value
+        def marked(value: Any) -> Any:
+            if value is hidden:
+                return _Hidden
+            return _CachePlace if value is phantom else value
 
-            found.append(
-                _Call(
-                    tuple(map(marked, args)),
-                    {name: marked(value) for name, value in kwargs.items()},
-                )
+        found.append(
+            _Call(
+                tuple(map(marked, args)),
+                {name: marked(value) for name, value in kwargs.items()},
             )
-            if index == last:
-                raise _Stop
-            return hidden
+        )
+        if index == last:
+            raise _Stop
+        return hidden
 
-        return forward
+    def recorder(index: int) -> Any:
+        return lambda *args, **kwargs: record(index, args, kwargs)
 
     # A layer may carry an instance-level forward of its own (accelerate's hooks on sharded models).
     own = [module.__dict__.get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):
-            module.forward = recorder(index, module.forward)
+            module.forward = recorder(index)
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):

@@ -28,6 +28,7 @@ from adaptive._draft_length import DraftLength
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits, require_exits
 from adaptive._families import family_of
+from adaptive._fingerprint import version_of
 from adaptive._graphs import Capture
 from adaptive._memory import handing_back, noting
 from adaptive._monitor import Monitor
@@ -337,6 +338,7 @@ def _prepared(
             length=slots.shape[1],
             most=most,
             seed=own["seed"],
+            head=version_of(model.get_output_embeddings()),
         )
         kept = take(model, plan, executor, padding=hidden, positions=slots)
     if kept is not None:

@@ -39,6 +39,8 @@ class Plan:
         Slots that may be pending.
     seed : int
         Of noise that a rule reads.
+    head : tuple, optional
+        Version of the head's weights: rows that are gathered from them are not gathered again.
     """
 
     policy: Policy
@@ -49,13 +51,14 @@ class Plan:
     length: int
     most: int
     seed: int
+    head: tuple[tuple[int, int], ...] | None
 
     def serves(self, other: Plan) -> bool:
         """Whether what was captured for this plan is right for another one."""
         own, asked = self.policy, other.policy
         return (
             (own.score is asked.score and own.rule is asked.rule and self.exits is other.exits)
-            and (own.stages, own.mode) == (asked.stages, asked.mode)
+            and (own.stages, own.mode, self.head) == (asked.stages, asked.mode, other.head)
             and (self.capture, self.compiled, self.batch, self.length, self.most, self.seed)
             == (other.capture, other.compiled, other.batch, other.length, other.most, other.seed)
         )

@@ -87,6 +87,7 @@ CHANGES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "fewer rows": lambda model, policy, ids, mask: (model, policy, ids[:2], mask[:2]),
     "no padding": lambda model, policy, ids, mask: (model, policy, ids.clamp(min=1), None),
     "new weights": lambda model, *given: (_with_weights(model), *given),
+    "a head trained in place": lambda model, *given: (_with_head(model), *given),
     "new exits": lambda model, *given: (_with_exits(model), *given),
 }
 
@@ -94,6 +95,12 @@ CHANGES: dict[str, Callable[..., tuple[Any, ...]]] = {
 def _with_weights(model: Any) -> Any:
     layer = model.model.layers[0].mlp
     layer.up_proj.weight = torch.nn.Parameter(2 * layer.up_proj.weight.detach())
+    return model
+
+
+@torch.no_grad()
+def _with_head(model: Any) -> Any:
+    model.lm_head.weight.mul_(-1.0)
     return model
 
 

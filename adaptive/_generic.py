@@ -215,7 +215,8 @@ def _recorders(
     owner = threading.get_ident()
     originals = [module.forward for module in modules]
 
-    @torch.compiler.disable  # of a compiled model, too, each thread's own calls are looked at
+    # a compiled model's graph cannot ask for the thread
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != owner:  # which uses the model as it is
             return originals[index](*args, **kwargs)

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 #: A policy is faster only if it wins so many comparisons that chance would with less than this.
 _LEVEL = 0.01
 #: Comparisons from which it is judged, and up to which more are made while that is undecided.
-_FEWEST, _MOST = 12, 36
+_FEWEST, _MOST = 12, 24
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def fastest(measure: Callable[[], NDArray[np.float64]], *, preferred: int) -> Fa
     ----------
     measure : callable
         One round: seconds ``[n_pieces, n_policies]``, the policies taking turns. Called until 12
-        pieces were compared, and up to 36 while it is undecided whether policy 0, which is full
+        pieces were compared, and up to 24 while it is undecided whether policy 0, which is full
         computation, or the preferred one is faster.
     preferred : int
         The policy taken where nothing clearly speaks for another.

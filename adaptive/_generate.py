@@ -322,7 +322,7 @@ def _prepared(
     )
     rows = input_ids.shape[0]
     most = _waiting(policy, own, costs, rows)
-    plan, kept, slots, hidden, lasting = None, None, positions, padding, False
+    plan, slots, hidden, lasting = None, positions, padding, False
     if (
         own["capture"] in ("step", "segments")
         and watch is None
@@ -340,7 +340,7 @@ def _prepared(
             seed=own["seed"],
             head=version_of(model.get_output_embeddings()),
         )
-        kept = take(model, plan, executor, padding=hidden, positions=slots)
+    kept = take(model, plan, executor, padding=hidden, positions=slots)
     if kept is not None:
         executor = kept.executor
     else:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from adaptive._executor import TokenExecutor, attention_mask
+from adaptive._executor import AbstractExecutor, TokenExecutor, attention_mask
 from adaptive._families import Readout, family_of, layers_of
 from adaptive._families._layer import (
     Attention,
@@ -134,9 +134,10 @@ class NativeExecutor(TokenExecutor):
         self._reach_key = None
         return True
 
-    def packed_as(self, other: NativeExecutor) -> bool:
+    def packed_as(self, other: AbstractExecutor) -> bool:
         """Whether another executor has the same weights at the same place."""
-        return self._layers is other._layers and self.readout is other.readout
+        same = isinstance(other, NativeExecutor) and self._layers is other._layers
+        return same and self.readout is other.readout
 
     @property
     def longest(self) -> int | None:

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from adaptive._device_stack import DeviceStack
+from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits
 from adaptive._graphs import Capture
-from adaptive._native import NativeExecutor
 from adaptive.policies import Policy
 
 #: Slots are laid out up to a multiple of this: texts of many lengths share one layout.
@@ -77,22 +77,23 @@ def keep(model: PreTrainedModel, plan: Plan, stack: DeviceStack) -> None:
 
 def take(
     model: PreTrainedModel,
-    plan: Plan,
-    executor: NativeExecutor,
+    plan: Plan | None,
+    executor: AbstractExecutor,
     *,
     padding: Tensor | None,
     positions: Tensor,
 ) -> DeviceStack | None:
-    """Take the stack that was kept, begun again, if it serves; what is kept is let go either way.
+    """Take the stack that was kept, begun again, if it serves.
 
-    While it is out nobody else can have it: another thread's call captures for itself.
+    What is kept is let go by any call, so that no two lots of keys and values lie about; while it
+    is out nobody else can have it: another thread's call captures for itself.
     """
     before, stack = _kept.pop(model, (None, None))
-    if before is None or stack is None or not before.serves(plan):
+    if plan is None or before is None or stack is None or not before.serves(plan):
         return None
     own = stack.executor
-    same_weights = own.packed_as(executor)
-    return stack if same_weights and own.begin_again(padding=padding, positions=positions) else None
+    serves = own.packed_as(executor) and own.begin_again(padding=padding, positions=positions)
+    return stack if serves else None
 
 
 def stretched(

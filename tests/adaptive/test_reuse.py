@@ -51,11 +51,12 @@ def test_the_next_call_captures_nothing(
     policy = helpers.mixed(model, mode)
     ids, mask = helpers.prompts(LENGTHS)
     made = []
-    for turn, new in enumerate((30, 10, 30, 17)):
-        # the first and third prompts are the same: by then every piece has been needed
-        given = (ids, mask) if turn % 2 == 0 else (ids[:, :-1] + 1, mask[:, :-1])
-        found = _texts(model, policy, *given, capture, max_new_tokens=new)
-        assert torch.equal(found, _texts(model, policy, *given, None, max_new_tokens=new))
+    # the first and third prompts are the same: by then every piece has been needed
+    other = (ids[:, :-1] + 1, mask[:, :-1])
+    turns = [((ids, mask), 30), (other, 10), ((ids, mask), 30), (other, 17)]
+    expected = [_texts(model, policy, *given, None, max_new_tokens=new) for given, new in turns]
+    for (given, new), text in zip(turns, expected, strict=True):
+        assert torch.equal(_texts(model, policy, *given, capture, max_new_tokens=new), text)
         made.append(taped.made)
         stack = _kept[model][1]
         for values in (stack.executor._keys, stack.executor._values, stack.ring, stack.states):
@@ -70,11 +71,12 @@ def test_noise_is_that_of_the_calls_own_units(model: Any, helpers: Any, taped: A
     policy = helpers.mixed(model, "propagate")
     ids, mask = helpers.prompts(LENGTHS)
     sampled = {"do_sample": True, "random": "keyed", "seed": 3}
-    for units in (torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9])):
-        asked = units.clone()
-        found = _texts(model, policy, ids, mask, "step", units=units, **sampled)
-        assert torch.equal(found, _texts(model, policy, ids, mask, None, units=asked, **sampled))
-        assert torch.equal(units, asked)
+    asked = [torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9])]
+    expected = [_texts(model, policy, ids, mask, None, units=own, **sampled) for own in asked]
+    for own, text in zip(asked, expected, strict=True):
+        units = own.clone()
+        assert torch.equal(_texts(model, policy, ids, mask, "step", units=units, **sampled), text)
+        assert torch.equal(units, own)
     assert taped.made == 1
 
 
@@ -135,6 +137,18 @@ def test_a_cache_that_was_handed_out_is_not_written_again(
     keys = first.past_key_values.layers[0].keys.clone()
     _texts(model, policy, ids + 1, mask, "step")
     assert torch.equal(first.past_key_values.layers[0].keys, keys)
+
+
+def test_any_call_lets_go_of_what_is_kept(model: Any, helpers: Any, taped: Any) -> None:
+    """So that there are never two lots of keys and values."""
+    policy = helpers.mixed(model, "exact")
+    ids, mask = helpers.prompts(LENGTHS)
+    for capture in (None, "none"):
+        _texts(model, policy, ids, mask, "step")
+        there = weakref.ref(_kept[model][1])
+        _texts(model, policy, ids, mask, capture)
+        gc.collect()
+        assert there() is None
 
 
 def test_nothing_is_kept_of_a_run_that_failed(model: Any, helpers: Any, taped: Any) -> None:

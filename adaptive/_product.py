@@ -42,15 +42,13 @@ def filled_up(count: int, weight: Tensor) -> int:
 
     For float32 on a CPU. A weight's rows are many: they are what a transposed product shares out
     among threads and cuts into tiles, and the states, which are few, are read by all. Tiles are of
-    4, 8 or 16 states; a product of 13 takes longer than one of 16.
+    4 or 8 states. One thread, which has nobody to share with, gains with up to 8 rows.
     """
     if not 1 < count <= _MOST or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return 0
-    if count <= 8:
-        return max(4, count) if count <= 6 else 8
+    if count <= 6:
+        return max(4, count)
+    filled = -(-count // 8) * 8
     # compiled code cannot ask for the number of threads
     alone = torch.compiler.is_compiling() or torch.get_num_threads() == 1
-    step = 16 if alone else 8
-    filled = -(-count // step) * step
-    # one thread has nobody to share with, and gains where tiles are nearly full
-    return filled if not alone or filled - count <= 3 else 0
+    return filled if filled == 8 or not alone else 0

@@ -820,23 +820,21 @@ def test_new_tokens_may_be_chosen_after_a_run(name: str) -> None:
     )
 
 
-def test_a_new_activation_is_seen() -> None:
-    model, policy = helpers.tiny("llama"), helpers.never("exact")
-    ids, mask = helpers.prompts()
-    _ours(model, ids, mask, policy=policy, max_pending=4)
+def _new_activations(model: Any) -> None:
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.Tanh()
-    plain = _plain(model, ids, mask).sequences
-    assert torch.equal(
-        _ours(model, ids, mask, policy=policy, max_pending=4, tier="native").sequences, plain
-    )
 
 
-def test_a_number_of_layers_set_later_is_seen() -> None:
+def _fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = helpers.LAYERS - 1
+
+
+@pytest.mark.parametrize("change", [_new_activations, _fewer_layers])
+def test_what_has_no_parameters_and_is_changed_later_is_seen(change: Any) -> None:
     model, policy = helpers.tiny("llama"), helpers.never("exact")
     ids, mask = helpers.prompts()
     _ours(model, ids, mask, policy=policy, max_pending=4)
-    model.config.num_hidden_layers = helpers.LAYERS - 1
+    change(model)
     plain = _plain(model, ids, mask).sequences
     assert torch.equal(
         _ours(model, ids, mask, policy=policy, max_pending=4, tier="native").sequences, plain

@@ -317,12 +317,11 @@ def _prepared(
     executor = executor_for(model, tier=own["tier"])
     costs = needed_costs(model, policy.mode, max_pending=own["max_pending"], tier=own["tier"])
     # a step in fixed shapes keeps its rows together
-    apart = own["capture"] is None and goes_apart(
-        model, policy.mode, rows=input_ids.shape[0], tier=own["tier"]
-    )
     rows = input_ids.shape[0]
+    apart = own["capture"] is None and goes_apart(model, policy.mode, rows=rows, tier=own["tier"])
     most = _waiting(policy, own, costs, rows)
-    plan, slots, hidden, lasting = None, positions, padding, False
+    plan, lasting = None, None
+    slots, hidden = positions, padding
     if (
         own["capture"] in ("step", "segments")
         and watch is None
@@ -380,12 +379,12 @@ def _prepared(
         if generation_config.return_dict_in_generate:
             output = output_of(job, record, policy.certificate, mismatches)
             return output if units is None else marked(output, units)
-        lasting = plan is not None
+        lasting = plan
         return record.ids[:, : record.length]
     finally:
         # nothing lasts of a run that failed, or whose keys and values were handed out
-        if lasting and plan is not None and isinstance(job.stack, DeviceStack):
-            keep(model, plan, job.stack)
+        if lasting is not None and isinstance(job.stack, DeviceStack):
+            keep(model, lasting, job.stack)
         else:
             executor.end()
 

@@ -27,7 +27,13 @@ class AbstractExecutor(abc.ABC):
 
     @abc.abstractmethod
     def begin(
-        self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
+        self,
+        *,
+        batch_size: int,
+        max_length: int,
+        padding: Tensor | None,
+        positions: Tensor,
+        ahead: int | None = None,
     ) -> None:
         """Prepare empty keys and values for a batch.
 
@@ -39,6 +45,10 @@ class AbstractExecutor(abc.ABC):
             True where a slot holds padding; ``None`` if none does.
         positions : Tensor, int64 [batch, max_length]
             Position id of every slot.
+        ahead : int, optional
+            Allows layers with a sliding window to keep no more than it and what this needs: runs
+            of single tokens, or of waiting ones, have at most ``ahead + 1`` slots of a row, and at
+            most ``ahead`` slots are forgotten by :meth:`truncate`.
         """
 
     @abc.abstractmethod
@@ -74,7 +84,14 @@ class AbstractExecutor(abc.ABC):
 
     @abc.abstractmethod
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values written so far, each ``[batch, heads, length, head width]``."""
+        """Keys and values written so far, each ``[batch, heads, length, head width]``.
+
+        Of a layer with a :meth:`kept_window`, at least those that the next token sees.
+        """
+
+    def kept_window(self, layer: int) -> int | None:
+        """Width of the window of a layer that need not keep every slot; ``None`` if it does."""
+        return None
 
     @abc.abstractmethod
     def end(self) -> None:

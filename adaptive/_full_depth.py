@@ -52,6 +52,7 @@ def full_states(
         max_length=length,
         padding=padding if bool(padding.any()) else None,
         positions=(real.cumsum(dim=-1) - 1).clamp(min=0),
+        ahead=0,
     )
     try:
         hidden = executor.embed(ids, 0)

@@ -343,7 +343,14 @@ def _prepared(
     if kept is not None:
         executor = kept.executor
     else:
-        executor.begin(batch_size=rows, max_length=slots.shape[1], padding=hidden, positions=slots)
+        executor.begin(
+            batch_size=rows,
+            max_length=slots.shape[1],
+            padding=hidden,
+            positions=slots,
+            # a captured step in `verify` mode has one draft more than `most`, and the newest token
+            ahead=most + 2,
+        )
     try:
         job = _job(
             model,

@@ -82,7 +82,13 @@ class GenericExecutor(AbstractExecutor):
         self.readout = Readout(model)
 
     def begin(
-        self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
+        self,
+        *,
+        batch_size: int,
+        max_length: int,
+        padding: Tensor | None,
+        positions: Tensor,
+        ahead: int | None = None,
     ) -> None:
         """See :class:`AbstractExecutor`."""
         check_length(longest_text(self.model), max_length)

@@ -16,10 +16,11 @@ from adaptive._families._layer import (
     matrix,
 )
 from adaptive._families._rope import check_length, longest_text, rotary_of, unknown_scheme
+from adaptive._keys_values import KeyValues
 from adaptive._packing import by_group, contents, hooked, part, stack_norms, stack_projections
 from adaptive._product import filled_up, product
-from adaptive._span import Apart, Placed, Reach, Span, Window
-from adaptive._tokens import Layout, Tokens, visible
+from adaptive._span import Apart, Reach, Span, Window
+from adaptive._tokens import Layout, Tokens, visible, visible_in_ring
 
 #: Above this many queries the group of a key head is not folded into the query rows.
 _FOLD_LIMIT = 64
@@ -94,24 +95,32 @@ class NativeExecutor(TokenExecutor):
         )
 
     def begin(
-        self, *, batch_size: int, max_length: int, padding: Tensor | None, positions: Tensor
+        self,
+        *,
+        batch_size: int,
+        max_length: int,
+        padding: Tensor | None,
+        positions: Tensor,
+        ahead: int | None = None,
     ) -> None:
         """See :class:`TokenExecutor`."""
         check_length(self._longest, max_length)
         self.readout.begin()
-        like = self._kv
-        # one slot more, which nobody sees: windows write there what is not theirs to write
         self.void = max_length
-        shape = (self.layers, batch_size, self.kv_heads, max_length + 1, self.head_width)
-        self._keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self._values = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        # a compiled run may only change whole tensors in place: of slices it would copy the rest
-        self._own_keys, self._own_values = self._keys.unbind(0), self._values.unbind(0)
+        self._memory = KeyValues(
+            [layer.attention.window for layer in self._layers],
+            batch=batch_size,
+            heads=self.kv_heads,
+            length=max_length,
+            width=self.head_width,
+            ahead=ahead,
+            like=self._kv,
+        )
         self._length = [0] * self.layers
         self._padding = padding
         self._positions = positions
         self._cos, self._sin = self._tables(positions)
-        self._reach_key: tuple[int, int] | None = None
+        self._reach_key: tuple[int, int, int] | None = None
 
     def begin_again(self, *, padding: Tensor | None, positions: Tensor) -> bool:
         """Begin another run, of as many rows and slots, where everything of the last one lies.
@@ -128,8 +137,7 @@ class NativeExecutor(TokenExecutor):
             *(((self._padding, padding),) if self._padding is not None else ()),
         ):
             place.copy_(value)
-        self._keys.zero_()  # a number that is none would be read even where it is hidden
-        self._values.zero_()
+        self._memory.clear()
         self._length = [0] * self.layers
         self._reach_key = None
         return True
@@ -183,7 +191,7 @@ class NativeExecutor(TokenExecutor):
         first, stop = start, start + hidden.shape[1]
         if waiting is not None:
             first -= waiting.shape[1]
-            if self._together:
+            if self._together and hidden.shape[1] == 1:
                 waiting = self._layers[low].norm.bare(waiting)
             else:
                 self.fill(low, high, waiting, first)
@@ -192,7 +200,7 @@ class NativeExecutor(TokenExecutor):
             rope: (cos[:, :, :, first:stop], sin[:, :, :, first:stop])
             for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
         }
-        span = Span(first, start, stop, tables, self._reaches(start, stop), waiting)
+        span = Span(start - first, tables, self._reaches(first, start, stop), waiting)
         kept = None if frozen is None else frozen[:, None, None]
         for index in range(low, high):
             output = self._run_layer(index, hidden, span)
@@ -227,17 +235,17 @@ class NativeExecutor(TokenExecutor):
             rope: (self._at(cos, written), self._at(sin, written))
             for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
         }
-        layout = tokens.layout(self._keys.shape[1])
+        layout = tokens.layout(self._memory.batch)
         slots = layout.lay(tokens.slots, empty=-1)
         reach = {
-            window: self._look_apart(tokens, layout, slots, window) for window in self._windows
+            window: self._look_apart(tokens, written, layout, slots, window)
+            for window in self._windows
         }
-        apart = Apart(written, layout, tokens.reach[1] + 1)
-        span = Span(0, late, written.count, tables, reach, bare, apart)
+        span = Span(late, tables, reach, bare, Apart(written.rows, layout))
         hidden = hidden[None]
         for index in range(low, high):
             hidden = self._run_layer(index, hidden, span)
-        self._reached(low, high, apart.stop)
+        self._reached(low, high, tokens.reach[1] + 1)
         return hidden[0]
 
     def window(self, slots: Tensor, *, queries: int, stop: int) -> Window:
@@ -256,11 +264,14 @@ class NativeExecutor(TokenExecutor):
         groups = self.heads // self.kv_heads
         reach = {}
         for width in self._windows:
-            mask = visible(lines, padding, low=0, stop=stop, window=width)
+            if self._memory.wraps(width, stop):
+                end, mask = self._seen_in_ring(lines, padding, width)
+            else:
+                end, mask = stop, visible(lines, padding, low=0, stop=stop, window=width)
             if 1 < queries <= _FOLD_LIMIT:  # once for all layers
                 mask = mask.repeat(1, 1, groups, 1)
-            reach[width] = Reach(0, mask, False)
-        return Window(slots, stop, tables, reach)
+            reach[width] = Reach(0, end, mask, False, slots)
+        return Window(slots, tables, reach)
 
     def embed_window(self, ids: Tensor, window: Window) -> Tensor:
         """Input of layer 0, ``[batch, n, width]``, for tokens ``ids [batch, n]`` of a window."""
@@ -277,16 +288,18 @@ class NativeExecutor(TokenExecutor):
         frozen: Tensor | None = None,
         waiting: Tensor | None = None,
     ) -> Tensor:
-        """Like :meth:`run` over a window; keys and values are written at ``into``, int64 ``[n]``.
+        """Like :meth:`run` over a window; keys and values are written to slots ``into [n]``.
 
         With ``waiting``, ``hidden`` are the tokens of the window after these.
         """
         late, bare = 0, None
         if waiting is not None:
             late, bare = waiting.shape[1], self._layers[low].norm.bare(waiting)
-        count = late + hidden.shape[1]
-        place = Placed(into, window.stop)
-        span = Span(0, late, count, window.tables, window.reach, bare, place)
+        reach = {
+            width: own._replace(into=self._memory.where(width, into))
+            for width, own in window.reach.items()
+        }
+        span = Span(late, window.tables, reach, bare)
         kept = None if frozen is None else frozen[:, None, None]
         for index in range(low, high):
             output = self._run_layer(index, hidden, span)
@@ -296,13 +309,14 @@ class NativeExecutor(TokenExecutor):
     def fill_window(
         self, low: int, high: int, hidden: Tensor, window: Window, into: Tensor
     ) -> None:
-        """Like :meth:`fill` over a window; keys and values are written at ``into``."""
+        """Like :meth:`fill` over a window; keys and values are written to slots ``into``."""
         ropes = [self._ropes[index] for index in self._ropes_of(low, high)]
         cos, sin = (torch.stack([window.tables[rope][kind] for rope in ropes]) for kind in (0, 1))
         keys, values = self._filled(low, high, hidden, cos, sin)
+        places = {width: self._memory.where(width, into) for width in self._windows}
         for index in range(low, high):
-            self._own_keys[index].index_copy_(2, into, keys[index - low])
-            self._own_values[index].index_copy_(2, into, values[index - low])
+            own = places[self._layers[index].attention.window]
+            self._memory.write(index, keys[index - low], values[index - low], own)
 
     def reached(self, low: int, high: int, stop: int) -> None:
         """Say that runs over windows have written these layers up to ``stop``."""
@@ -321,8 +335,7 @@ class NativeExecutor(TokenExecutor):
             for table in (self._cos, self._sin)
         )
         keys, values = self._filled(low, high, hidden, cos, sin)
-        self._keys[low:high, :, :, start:stop] = keys
-        self._values[low:high, :, :, start:stop] = values
+        self._memory.fill(low, high, keys, values, start)
         self._reached(low, high, stop)
 
     def fill_tokens(self, low: int, high: int, hidden: Tensor, tokens: Tokens) -> None:
@@ -332,12 +345,8 @@ class NativeExecutor(TokenExecutor):
             torch.stack([self._at(table[rope], tokens) for rope in ropes])
             for table in (self._cos, self._sin)
         )
-        for kept, states in zip(
-            (self._keys, self._values),
-            self._filled(low, high, hidden[None], cos, sin),
-            strict=True,
-        ):
-            kept[low:high, tokens.rows, :, tokens.slots] = states[:, 0].permute(2, 0, 1, 3)
+        keys, values = self._filled(low, high, hidden[None], cos, sin)
+        self._memory.fill_tokens(low, high, keys[:, 0], values[:, 0], tokens)
         self._reached(low, high, tokens.reach[1] + 1)
 
     def _filled(
@@ -381,59 +390,88 @@ class NativeExecutor(TokenExecutor):
         """See :class:`TokenExecutor`: later slots are overwritten before they are read."""
         self._length = [min(length, own) for own in self._length]
 
+    def kept_window(self, layer: int) -> int | None:
+        """See :class:`TokenExecutor`."""
+        return self._memory.window_of(layer)
+
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """See :class:`TokenExecutor`."""
-        length = self._length[layer]
-        return self._keys[layer, :, :, :length], self._values[layer, :, :, :length]
+        return self._memory.last(layer, self._length[layer])
 
     def end(self) -> None:
         """See :class:`TokenExecutor`."""
-        del self._keys, self._values, self._own_keys, self._own_values, self._cos, self._sin
+        del self._memory, self._cos, self._sin
         self._padding = None
 
-    def _reaches(self, start: int, stop: int) -> dict[int | None, Reach]:
-        """Say what queries ``start .. stop - 1`` may see; the runs of one token share it."""
-        if self._reach_key != (start, stop):
-            self._reach_key = (start, stop)
-            self._reach = {window: self._look(start, stop, window) for window in self._windows}
+    def _reaches(self, first: int, start: int, stop: int) -> dict[int | None, Reach]:
+        """Say what queries ``start .. stop - 1`` may see; the runs of one token share it.
+
+        Slots ``first .. stop - 1`` are written.
+        """
+        if self._reach_key != (first, start, stop):
+            self._reach_key = (first, start, stop)
+            self._reach = {
+                window: self._look(first, start, stop, window) for window in self._windows
+            }
         return self._reach
 
-    def _look(self, start: int, stop: int, window: int | None) -> Reach:
-        count = stop - start
+    def _look(self, first: int, start: int, stop: int, window: int | None) -> Reach:
+        count, device, memory = stop - start, self._kv.device, self._memory
+        into = memory.into(window, first, stop)
+        low = 0 if window is None else max(0, start + 1 - window)
+        before = None
+        if memory.wraps(window, stop):
+            if memory.holds(window, count):
+                lines = 1 if self._padding is None else len(self._padding)
+                slots = torch.arange(start, stop, device=device).expand(lines, -1)
+                end, mask = self._seen_in_ring(slots, self._padding, window)
+                return Reach(0, end, mask, False, into)
+            before = memory.where(window, torch.arange(low, start, device=device))
         inside = window is None or stop <= window
         plain = self._padding is None and inside and not self._capped
         if plain and start == 0 and count > 1:
-            return Reach(0, None, True)
-        low = 0 if window is None else max(0, start + 1 - window)
+            return Reach(0, stop, None, True, into)
         if self._padding is None and count == 1:
-            return Reach(low, None, False)
-        mask = attention_mask(
-            self._padding, start=start, count=count, window=window, device=self._keys.device
-        )
-        return Reach(low, None if mask is None else mask[..., low:], False)
+            return Reach(low, stop, None, False, into)
+        seen = attention_mask(self._padding, start=start, count=count, window=window, device=device)
+        return Reach(low, stop, None if seen is None else seen[..., low:], False, into, before)
 
     def _look_apart(
-        self, tokens: Tokens, layout: Layout, slots: Tensor, window: int | None
+        self, tokens: Tokens, written: Tokens, layout: Layout, slots: Tensor, window: int | None
     ) -> Reach:
         """Say what single tokens may see; nothing is hidden from tokens at one slot."""
         lowest, highest = tokens.reach
-        low = 0 if window is None else max(0, lowest + 1 - window)
-        if self._padding is None and lowest == highest:
-            return Reach(low, None, False)
+        into = self._memory.where(window, written.slots)
         padding = None if self._padding is None else layout.of(self._padding)
+        if self._memory.wraps(window, highest + 1):
+            end, mask = self._seen_in_ring(slots, padding, window)
+            return Reach(0, end, mask, False, into)
+        low = 0 if window is None else max(0, lowest + 1 - window)
+        if padding is None and lowest == highest:
+            return Reach(low, highest + 1, None, False, into)
         mask = visible(slots, padding, low=low, stop=highest + 1, window=window)
-        return Reach(low, mask, False)
+        return Reach(low, highest + 1, mask, False, into)
+
+    def _seen_in_ring(
+        self, slots: Tensor, padding: Tensor | None, window: int | None
+    ) -> tuple[int, Tensor]:
+        """Where the places of a ring end, and which of them queries at these slots see."""
+        assert window is not None
+        places = self._memory.places[window]
+        return places, visible_in_ring(slots, padding, places=places, window=window)
 
     def _run_layer(self, index: int, hidden: Tensor, span: Span) -> Tensor:
         """One decoder layer over ``hidden [batch, n, width]``."""
         layer = self._layers[index]
         normed = layer.norm(hidden)
         if span.waiting is None:
-            query = self._project(index, normed, span)
+            query, keys, values = self._project(index, normed, span)
         else:
-            query = self._project_waiting(index, normed, span, span.waiting)
-        added = self._product(self._attend(index, query, span), layer.attention.output)
-        del query  # not kept through the feed-forward part
+            query, keys, values = self._project_waiting(index, normed, span, span.waiting)
+        keys, values = self._keep(index, keys, values, span)
+        attended = self._attend(index, query, keys, values, span)
+        added = self._product(attended, layer.attention.output)
+        del query, keys, values, attended  # not kept through the feed-forward part
         if layer.attention_post is not None:
             added = layer.attention_post(added)
         after = hidden + added
@@ -444,8 +482,8 @@ class NativeExecutor(TokenExecutor):
             added = layer.feedforward_post(added)
         return after + added
 
-    def _project(self, index: int, normed: Tensor, span: Span) -> Tensor:
-        """Write keys and values; return queries ``[batch, heads, n, head width]``."""
+    def _project(self, index: int, normed: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys as rotated and values, ``[batch, heads, n, head width]``."""
         attention = self._layers[index].attention
         mixed = self._heads(self._product(normed, self._mixed[index]))
         queries = self.heads // self.groups
@@ -455,10 +493,12 @@ class NativeExecutor(TokenExecutor):
             query = attention.query_norm(turned[:, :, :, :queries])
             turned = torch.cat((query, attention.key_norm(turned[:, :, :, queries:])), dim=3)
         turned = _rotate(turned.permute(0, 2, 3, 1, 4), *span.tables[attention.rope])
-        self._write(index, turned[:, :, queries:], mixed[:, :, :, rotated:], span)
-        return self._merged(turned[:, :, :queries])
+        keys, values = self._merged(turned[:, :, queries:]), mixed[:, :, :, rotated:]
+        return self._merged(turned[:, :, :queries]), keys, values.flatten(2, 3).transpose(1, 2)
 
-    def _project_waiting(self, index: int, normed: Tensor, span: Span, waiting: Tensor) -> Tensor:
+    def _project_waiting(
+        self, index: int, normed: Tensor, span: Span, waiting: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Like ``_project``; waiting tokens get keys and values from the same read of the weights.
 
         Only the newest tokens have queries.
@@ -471,10 +511,10 @@ class NativeExecutor(TokenExecutor):
             query, keys = attention.query_norm(query), attention.key_norm(keys)
         cos, sin = span.tables[attention.rope]
         turned = _rotate(keys.permute(0, 2, 3, 1, 4), cos, sin)
-        self._write(index, turned, both[:, :, :, own:], span)
-        late = span.start - span.first
         query = query.permute(0, 2, 3, 1, 4)
-        return self._merged(_rotate(query, cos[:, :, :, late:], sin[:, :, :, late:]))
+        query = _rotate(query, cos[:, :, :, span.late :], sin[:, :, :, span.late :])
+        values = both[:, :, :, own:].flatten(2, 3).transpose(1, 2)
+        return self._merged(query), self._merged(turned), values
 
     def _queries_apart(self, index: int, waiting: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Query heads of ``normed``, and key and value heads of ``waiting`` and ``normed``."""
@@ -499,20 +539,19 @@ class NativeExecutor(TokenExecutor):
         batch, _, _, count, width = states.shape
         return states.reshape(batch, -1, count, width)
 
-    def _write(self, index: int, keys: Tensor, values: Tensor, span: Span) -> None:
-        """Keep keys as rotated, ``[batch, groups, heads, n, width]``, and values as projected."""
-        keys, values = self._merged(keys), values.flatten(2, 3)
-        place = span.place
-        if place is None:
-            self._keys[index, :, :, span.first : span.stop] = keys
-            self._values[index, :, :, span.first : span.stop] = values.transpose(1, 2)
-        elif isinstance(place, Placed):
-            self._own_keys[index].index_copy_(2, place.into, keys)
-            self._own_values[index].index_copy_(2, place.into, values.transpose(1, 2))
+    def _keep(self, index: int, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Keep keys and values; return those that queries read, of all rows of the batch."""
+        reach, memory = span.reach[self._layers[index].attention.window], self._memory
+        kept = memory.keys[index], memory.values[index]
+        if span.apart is not None:
+            memory.write_tokens(index, keys[0], values[0], reach.into, span.apart.rows)
+        elif reach.before is not None:  # read before they are overwritten
+            old = [own[:, :, reach.before] for own in kept]
+            memory.write(index, keys, values, reach.into)
+            return torch.cat((old[0], keys), dim=2), torch.cat((old[1], values), dim=2)
         else:
-            rows, slots = place.written.rows, place.written.slots
-            self._keys[index, rows, :, slots] = keys[0].transpose(0, 1)
-            self._values[index, rows, :, slots] = values[0]
+            memory.write(index, keys, values, reach.into)
+        return kept[0][:, :, reach.low : reach.stop], kept[1][:, :, reach.low : reach.stop]
 
     def _product(self, states: Tensor, by: Matrix) -> Tensor:
         # the commonest cases, one row or a GPU, are spared the question
@@ -520,21 +559,17 @@ class NativeExecutor(TokenExecutor):
             return F.linear(states, by.weight, by.bias)
         return product(states, by.weight, by.bias)
 
-    def _attend(self, index: int, query: Tensor, span: Span) -> Tensor:
-        """Attention of ``query [batch, heads, n, head width]`` over the slots in reach."""
+    def _attend(
+        self, index: int, query: Tensor, keys: Tensor, values: Tensor, span: Span
+    ) -> Tensor:
+        """Attention of ``query [batch, heads, n, head width]``; ``[batch, n, width]``."""
         attention = self._layers[index].attention
         reach = span.reach[attention.window]
-        place = span.place
-        if not isinstance(place, Apart):
-            stop = span.stop if place is None else place.stop
-            keys = self._own_keys[index][:, :, reach.low : stop]
-            values = self._own_values[index][:, :, reach.low : stop]
+        if span.apart is None:
             return self._attended(query, keys, values, reach, attention).flatten(2)
-        layout, stop = place.layout, place.stop
-        keys = layout.of(self._keys[index, :, :, reach.low : stop])
-        values = layout.of(self._values[index, :, :, reach.low : stop])
+        layout = span.apart.layout
         laid = layout.lay(query[0].transpose(0, 1)).transpose(1, 2)
-        attended = self._attended(laid, keys, values, reach, attention)
+        attended = self._attended(laid, layout.of(keys), layout.of(values), reach, attention)
         return layout.pick(attended).flatten(1)[None]
 
     def _attended(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from adaptive._decode import Job, Record
@@ -70,7 +71,7 @@ def output_of(
         sequences=record.ids[:, : record.length],
         scores=tuple(record.scores) if job.keep_scores else None,
         logits=tuple(record.logits) if job.keep_logits else None,
-        past_key_values=_cache(job),
+        past_key_values=_cache(job, record.length - 1),
         exit_stages=stages,
         exit_scores=record.exit_scores[:, :generated],
         agreement=record.agreement[:, :generated],
@@ -99,12 +100,22 @@ def mean_depth(stages: Tensor, exits: tuple[int, ...], layers: int) -> float:
     return float(depth[later[real]].mean())
 
 
-def _cache(job: Job) -> DynamicCache:
-    """Hand over keys and values in transformers' form, every layer at the same length."""
+def _cache(job: Job, length: int) -> DynamicCache:
+    """Hand over keys and values of ``length`` slots in transformers' form.
+
+    Of a layer with a window, the last slots, as transformers keeps them.
+    """
+    executor = job.stack.executor
     cache = DynamicCache()
-    for layer in range(job.stack.executor.layers):
-        keys, values = job.stack.executor.keys_values(layer)
-        cache.update(keys, values, layer)
+    for layer in range(executor.layers):
+        window = executor.kept_window(layer)
+        if window is None:
+            cache.layers.append(DynamicLayer())
+        else:
+            cache.layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+        cache.update(*executor.keys_values(layer), layer)
+        if window is not None:
+            cache.layers[layer].cumulative_length = length
     return cache
 
 

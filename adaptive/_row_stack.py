@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptive._executor import TokenExecutor
 from adaptive._stack import HostStack
-from adaptive._tokens import Tokens
+from adaptive._tokens import Tokens, ring_places
 
 
 class RowStack(HostStack):
@@ -106,50 +106,58 @@ class RowStack(HostStack):
 
 
 class ExactRowStack(RowStack):
-    """``exact`` mode: the waiting tokens of the rows that need a segment pass it with the newest.
+    """``exact`` mode: where one row needs a segment, all that wait in front of it pass it.
 
-    A pass with few tokens reads the weights for little: it takes waiting tokens of other rows
-    along, the longest inboxes first, until it has ``efficient`` tokens. They have to pass anyway,
-    and what they are computed from does not change.
+    Every token has to pass every layer sooner or later, and a pass takes hardly less time with
+    fewer tokens: nothing is gained by leaving some behind. Rows that are finished are: nobody may
+    ever ask for theirs.
     """
 
     def __init__(
-        self,
-        executor: TokenExecutor,
-        exits: tuple[int, ...],
-        *,
-        batch: int,
-        most: int,
-        efficient: int,
+        self, executor: TokenExecutor, exits: tuple[int, ...], *, batch: int, most: int
     ) -> None:
         super().__init__(executor, exits, batch=batch, most=most)
-        self.efficient = efficient
         self._finals: list[tuple[Tokens, Tensor]] = []
         self._start = 0
 
     def deepen(
         self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
     ) -> Tensor:
-        """See :class:`HostStack`."""
+        """See :class:`HostStack`: rows that have stopped are taken along."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
-        newest = self._newest(rows, slot)
-        behind = self._along(segment, np.asarray(rows), slot)
-        if len(rows) == self.batch and behind is None:
-            done = self.executor.run(low, high, hidden, slot)
-            self._hand_on(segment, newest, done[:, 0], newest=True)
+        present = np.flatnonzero(self.filled[0] > slot)
+        start = int(self.filled[segment, present[0]])  # these rows have always gone together
+        if present.size == self.batch:
+            done = self._pass(segment, hidden, start, slot)
             self.filled[segment] = slot + 1
             return done
-        chosen = hidden[newest.rows, 0]
-        if behind is None:
-            done = self.executor.run_tokens(low, high, chosen, newest)
-        else:
-            states = torch.cat([self._states(behind), chosen])
-            done = self.executor.run_tokens(low, high, states, behind + newest)
-            self._hand_on(segment, behind, done[: behind.count])
-            done = done[behind.count :]
-        self._hand_on(segment, newest, done, newest=True)
-        self.filled[segment, rows] = slot + 1
-        return _with(hidden, newest, done)
+        newest = self._newest(present.tolist(), slot)
+        states, tokens = hidden[newest.rows, 0], newest
+        if start < slot:
+            behind = self._waiting(segment, present, np.full_like(present, slot))
+            states, tokens = torch.cat([self._states(behind), states]), behind + newest
+        done = self.executor.run_tokens(low, high, states, tokens)
+        self._hand_on(segment, tokens, done)
+        self.filled[segment, present] = slot + 1
+        return _with(hidden, newest, done[tokens.count - newest.count :])
+
+    def _pass(self, segment: int, newest: Tensor, start: int, slot: int) -> Tensor:
+        """Run slots ``start .. slot`` of all rows; the last one's state, ``[batch, 1, width]``."""
+        low, high = self.bounds[segment], self.bounds[segment + 1]
+        given, device = newest, newest.device
+        if start < slot:
+            kept = self._kept(newest)
+            waiting = ring_places(start, slot, places=self.most, device=device)
+            given = torch.cat([kept[:, waiting], newest], dim=1)
+        done = self.executor.run(low, high, given, start)
+        if segment < self.segments - 1:
+            into = ring_places(start, slot + 1, places=self.most, device=device)
+            self._kept(newest)[:, into] = done
+        elif self.keep_finals:
+            every = np.arange(self.batch)
+            begin, end = (np.full_like(every, place) for place in (start, slot + 1))
+            self._finals.append((Tokens(every, begin, end, device=device), done.flatten(0, 1)))
+        return done[:, -1:]
 
     def settle(self) -> None:
         """See :class:`HostStack`."""
@@ -177,35 +185,12 @@ class ExactRowStack(RowStack):
         super()._begun(length)
         self._start = length
 
-    def _along(self, segment: int, rows: NDArray[np.int64], slot: int) -> Tokens | None:
-        """Take the waiting tokens of ``rows``, and some of others, through with the newest."""
-        stops = self.filled[segment].copy()
-        stops[rows] = slot
-        room = self.efficient - rows.size - int((stops - self.filled[segment]).sum())
-        before = self.filled[segment - 1].copy()
-        before[rows] = slot
-        owed = before - stops
-        if not self.keep_finals:
-            owed[self.filled[0] <= slot] = 0  # the row is finished: nobody will ask for it
-        order = np.argsort(-owed, kind="stable")
-        longest = owed[order]
-        stops[order] += np.clip(room - (np.cumsum(longest) - longest), 0, longest)
-        along = np.flatnonzero(stops > self.filled[segment])
-        if not along.size:
-            return None
-        tokens = self._waiting(segment, along, stops[along])
-        self.filled[segment, along] = stops[along]
-        return tokens
-
-    def _hand_on(
-        self, segment: int, tokens: Tokens, states: Tensor, *, newest: bool = False
-    ) -> None:
+    def _hand_on(self, segment: int, tokens: Tokens, states: Tensor) -> None:
         """Keep what came out of a segment: to wait for the next one, or as final."""
-        if segment == self.segments - 1:
-            if self.keep_finals:
-                self._finals.append((tokens, states))
-        elif not newest:  # the newest token is still on its way
+        if segment < self.segments - 1:
             self._kept(states)[tokens.rows, tokens.slots % self.most] = states
+        elif self.keep_finals:
+            self._finals.append((tokens, states))
 
 
 class PropagateRowStack(RowStack):

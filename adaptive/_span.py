@@ -7,26 +7,30 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from adaptive._tokens import Layout, Tokens
+from adaptive._tokens import Layout
 
 
 class Reach(NamedTuple):
-    """What the queries of a run may see, for layers with the same window.
+    """What the queries of a run may see, for layers with the same window, and where they write.
 
-    Keys from slot ``low`` on; ``mask``, if there is one, is over these.
+    Places ``low .. stop - 1``; ``mask``, if there is one, is over these. Keys and values are
+    written to ``into``. A run that is longer than what may be overwritten at once sees the places
+    ``before``, as they were, and then itself.
     """
 
     low: int
+    stop: int
     mask: Tensor | None
     causal: bool
+    into: slice | Tensor
+    before: Tensor | None = None
 
 
 class Apart(NamedTuple):
-    """Single tokens of a run: all that are written, and how those with queries are laid out."""
+    """Single tokens of a run: rows of all that are written, and how those with queries are laid."""
 
-    written: Tokens
+    rows: Tensor
     layout: Layout
-    stop: int
 
 
 class Window(NamedTuple):
@@ -36,40 +40,27 @@ class Window(NamedTuple):
     ----------
     slots : Tensor, int64 [n]
         Ascending; those below 0 hold nothing.
-    stop : int
-        Keys below are read; more than any of ``slots``.
     tables, reach : dict
         See :class:`Span`.
     """
 
     slots: Tensor
-    stop: int
     tables: dict[str | None, tuple[Tensor, Tensor]]
     reach: dict[int | None, Reach]
-
-
-class Placed(NamedTuple):
-    """Slots of a window that are written, int64 ``[n]``, and where the keys that are read end."""
-
-    into: Tensor
-    stop: int
 
 
 @dataclass(frozen=True)
 class Span:
-    """Slots that one run covers, and what its layers share.
+    """Tokens that one run covers, and what its layers share.
 
-    Keys and values are written for ``first .. stop - 1``, queries asked for ``start .. stop - 1``;
-    ``waiting``, normalised without gain, are the tokens in between that have stopped. Tables and
-    reach are found under a layer's ``rope`` and ``window``. Single tokens of some rows run as one
-    row, and a window's slots are tensors: ``place`` then says where each token belongs, and the
-    three numbers count tokens.
+    Keys and values are written for all of them, queries asked for those behind the first ``late``:
+    these, ``waiting`` and normalised without gain, have stopped. Tables and reach are found under a
+    layer's ``rope`` and ``window``. Single tokens of some rows run as one row: ``apart`` then says
+    where each belongs.
     """
 
-    first: int
-    start: int
-    stop: int
+    late: int
     tables: dict[str | None, tuple[Tensor, Tensor]]
     reach: dict[int | None, Reach]
     waiting: Tensor | None
-    place: Apart | Placed | None = None
+    apart: Apart | None = None

@@ -61,7 +61,7 @@ def stack_for(
         return shared(executor, exits.layers)
     if mode == "propagate":
         return PropagateRowStack(executor, exits.layers, batch=rows, most=most)
-    return ExactRowStack(executor, exits.layers, batch=rows, most=most, efficient=most)
+    return ExactRowStack(executor, exits.layers, batch=rows, most=most)
 
 
 def device_stack_for(

@@ -143,3 +143,42 @@ def visible(
         hidden[:, :seen] = padding[:, :seen]
         allowed = (allowed & ~hidden[:, None, low:]) | (keys == queries)
     return allowed[:, None]
+
+
+def visible_in_ring(slots: Tensor, padding: Tensor | None, *, places: int, window: int) -> Tensor:
+    """Which places of a ring, where slot ``s`` is kept at ``s % places``, each query sees.
+
+    Parameters
+    ----------
+    slots : Tensor, int64 [lines, longest]
+        Slots of the queries; below 0 where there is none, which then sees one key.
+    padding : Tensor, bool [lines, prompt], optional
+    places, window : int
+        What a query sees must not have been overwritten.
+
+    Returns
+    -------
+    Tensor, bool [lines, 1, longest, places]
+    """
+    queries = slots.clamp(min=0)[:, :, None]
+    # how many slots before the query the last one at each place is
+    ages = (queries - torch.arange(places, device=slots.device)) % places
+    allowed = (ages < window) & (ages <= queries)
+    if padding is not None:
+        held = queries - ages
+        prompt = padding.shape[1]
+        at = held.clamp(min=0, max=prompt - 1).flatten(1)
+        hidden = padding.gather(1, at).view_as(held) & (held < prompt)
+        allowed &= ~hidden | (ages == 0)
+    return allowed[:, None]
+
+
+def ring_places(first: int, stop: int, *, places: int, device: torch.device) -> slice | Tensor:
+    """Where slots ``first .. stop - 1``, at most ``places``, are kept, ``s`` at ``s % places``.
+
+    A slice where they lie in a row, else int64 ``[n]``.
+    """
+    begin, count = first % places, stop - first
+    if begin + count <= places:
+        return slice(begin, begin + count)
+    return torch.arange(first, stop, device=device) % places

@@ -107,16 +107,18 @@ def test_rows_of_their_own_change_nothing(
     assert torch.equal(ours.agreement, theirs.agreement)
     assert len(ours.exit_stages.unique()) >= 3  # depths are mixed
     for layer in range(helpers.LAYERS):
-        for kind in ("keys", "values"):
-            mine = getattr(ours.past_key_values.layers[layer], kind)
-            other = getattr(theirs.past_key_values.layers[layer], kind)
-            assert mine.shape == other.shape
-            for row in range(len(LENGTHS)):
-                stop = ids.shape[1] + int((ours.exit_stages[row] >= 0).sum()) - (not ended)
-                first = ids.shape[1] - LENGTHS[row]
-                stop = min(stop, mine.shape[2])
+        mine, other = (given.past_key_values.layers[layer] for given in (ours, theirs))
+        keys, values, slots = helpers.kept(mine, 0)
+        other_keys, other_values, others = helpers.kept(other, 0)
+        assert slots == others
+        for row in range(len(LENGTHS)):
+            stop = ids.shape[1] + int((ours.exit_stages[row] >= 0).sum()) - (not ended)
+            if slots.start > 0 and stop < slots.stop:
+                continue  # of a row that ended before, the window may hold what came earlier
+            real = slice(max(0, ids.shape[1] - LENGTHS[row] - slots.start), stop - slots.start)
+            for one, two in ((keys, other_keys), (values, other_values)):
                 torch.testing.assert_close(
-                    mine[row, :, first:stop], other[row, :, first:stop], atol=1e-4, rtol=1e-4
+                    one[row, :, real], two[row, :, real], atol=1e-4, rtol=1e-4
                 )
 
 
@@ -186,37 +188,38 @@ def test_exact_mode_runs_every_layer_of_a_token_once(
     assert counted.work == (ids.numel() + 23 * len(LENGTHS)) * helpers.LAYERS
 
 
-def test_a_pass_takes_waiting_tokens_of_other_rows_along(
+def test_in_exact_mode_rows_go_together_until_one_is_finished(
     helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Larger passes, fewer of them; the same tokens."""
+    """All that waits passes with the newest, in one piece of the batch; finished rows do not."""
     model = helpers.shared("llama")
     ids, mask = helpers.prompts(LENGTHS)
     given: dict[str, Any] = {
         "attention_mask": mask,
         "policy": helpers.mixed(model, "exact"),
-        "max_new_tokens": 40,
-        "max_pending": 16,
+        "max_new_tokens": 24,
+        "max_pending": 40,
         "pad_token_id": 0,
     }
-    sizes: dict[int, list[int]] = {}
-    texts = []
-    original = _stacking.ExactRowStack
+    text = generate(model, ids, **given)
+    ends = text[:3, ids.shape[1] + 6].tolist()
+    picked: list[tuple[int, int]] = []
     run_tokens = NativeExecutor.run_tokens
-    for efficient in (1, 16):
-        sizes[efficient] = []
 
-        def measured(own: Any, low: int, high: int, hidden: Any, *args: Any, **kw: Any) -> Any:
-            if low > 0:
-                sizes[efficient].append(hidden.shape[0])  # noqa: B023
-            return run_tokens(own, low, high, hidden, *args, **kw)
+    def watched(own: Any, low: int, high: int, hidden: Any, tokens: Any, **kw: Any) -> Any:
+        picked.extend(zip(tokens.rows.tolist(), tokens.slots.tolist(), strict=True))
+        return run_tokens(own, low, high, hidden, tokens, **kw)
 
-        monkeypatch.setattr(NativeExecutor, "run_tokens", measured)
-        monkeypatch.setattr(
-            _stacking,
-            "ExactRowStack",
-            lambda *a, **k: original(*a, **{**k, "efficient": efficient}),  # noqa: B023
-        )
-        texts.append(generate(model, ids, **given))
-    assert torch.equal(*texts)
-    assert np.mean(sizes[16]) > np.mean(sizes[1])
+    monkeypatch.setattr(NativeExecutor, "run_tokens", watched)
+    counted = _Counted(monkeypatch)
+    generate(model, ids, **given)
+    assert not picked
+    counted.work = 0
+    output = generate(model, ids, eos_token_id=ends, **given)
+    new = output[:, ids.shape[1] :]
+    end = [ids.shape[1] + row.index(next(t for t in row if t in ends)) for row in new.tolist()[:3]]
+    assert picked
+    # a finished row's last tokens wait for good: none of them passes once its end is there
+    assert all(row >= 3 or slot < end[row] for row, slot in picked)
+    lengths = [*(stop - ids.shape[1] for stop in end), *(new.shape[1] - 1 for _ in LENGTHS[3:])]
+    assert counted.work < (ids.numel() + sum(lengths)) * helpers.LAYERS

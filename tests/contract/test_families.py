@@ -157,9 +157,11 @@ def test_exact_settles_to_the_full_model(name: str, tier: Any) -> None:
     for layer in range(helpers.LAYERS):
         theirs = cache.layers[layer]
         mine = ours.past_key_values.layers[layer]
-        for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-            assert one.shape == other.shape
-            gap = (one - other).abs().amax(dim=(1, 3))[counted]
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        keys, values, slots = helpers.kept(mine, 0)
+        for one, whole in ((keys, theirs.keys), (values, theirs.values)):
+            other = whole[:, :, slots]
+            gap = (one - other).abs().amax(dim=(1, 3))[counted[:, slots]]
             assert float(gap.max()) < 1e-5 * (1 + float(other.abs().max()))
     start = ids.shape[1]
     chosen = logits[:, start - 1 :].argmax(dim=-1)
@@ -187,9 +189,9 @@ def test_verify_is_plain_generate(name: str, tier: Any) -> None:
     assert torch.equal(ours.sequences, plain.sequences)
     assert torch.equal(torch.rand(1), after)
     cache, _ = helpers.own_cache(model, ours.sequences[:, :-1], mask)
-    keys, theirs = ours.past_key_values.layers[-1].keys, cache.layers[-1].keys
-    width = ids.shape[1]
-    torch.testing.assert_close(keys[:, :, width:], theirs[:, :, width:], atol=1e-4, rtol=1e-4)
+    keys, _, slots = helpers.kept(ours.past_key_values.layers[-1], ids.shape[1])
+    theirs = cache.layers[-1].keys[:, :, slots]
+    torch.testing.assert_close(keys, theirs, atol=1e-4, rtol=1e-4)
 
 
 # -- propagate: against a slow and obvious reference ----------------------------------------------
@@ -228,8 +230,9 @@ def _propagates_slowly(model: PreTrainedModel, tier: Any) -> None:
         )
         assert alone.sequences[0, prompt.shape[1] :].tolist() == tokens
         for mine, theirs in zip(alone.past_key_values.layers, cache.layers, strict=True):
-            torch.testing.assert_close(mine.keys, theirs.keys, atol=2e-5, rtol=2e-5)
-            torch.testing.assert_close(mine.values, theirs.values, atol=2e-5, rtol=2e-5)
+            keys, values, slots = helpers.kept(mine, 0)
+            torch.testing.assert_close(keys, theirs.keys[:, :, slots], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(values, theirs.values[:, :, slots], atol=2e-5, rtol=2e-5)
     assert len(ours.exit_stages[:, 1:].unique()) >= 3
 
 
@@ -347,12 +350,9 @@ def test_tiers_are_equal(name: str, mode: Mode) -> None:
     for one, other in zip(
         native.past_key_values.layers, generic.past_key_values.layers, strict=True
     ):
-        torch.testing.assert_close(
-            one.keys[:, :, width:], other.keys[:, :, width:], atol=2e-5, rtol=2e-5
-        )
-        torch.testing.assert_close(
-            one.values[:, :, width:], other.values[:, :, width:], atol=2e-5, rtol=2e-5
-        )
+        keys, values, slots = helpers.kept(one, width)
+        torch.testing.assert_close(keys, other.keys[:, :, slots], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(values, other.values[:, :, slots], atol=2e-5, rtol=2e-5)
 
 
 @families

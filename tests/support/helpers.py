@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from adaptive import attach_exits
 from adaptive._deployment import Deployment
@@ -283,6 +284,17 @@ def own_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Dynami
             use_cache=True,
         ).logits
     return cache, logits
+
+
+def kept(layer: CacheLayerMixin, width: int) -> tuple[Tensor, Tensor, slice]:
+    """Keys and values from slot ``width`` on, and which slots they are: windows keep the last."""
+    length = layer.get_seq_length()
+    first = max(width, length - layer.keys.shape[2])
+    assert first < length
+    return (
+        *(states[:, :, first - length :] for states in (layer.keys, layer.values)),
+        slice(first, length),
+    )
 
 
 @torch.no_grad()

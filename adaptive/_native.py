@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from adaptive._executor import AbstractExecutor, TokenExecutor, attention_mask
+from adaptive._attention import FOLD_LIMIT, attend, rotate
+from adaptive._executor import AbstractExecutor, TokenExecutor
 from adaptive._families import Readout, family_of, layers_of
 from adaptive._families._layer import (
-    Attention,
     Matrix,
     NotNativeError,
     matrix,
@@ -19,11 +19,10 @@ from adaptive._families._rope import check_length, longest_text, rotary_of, unkn
 from adaptive._keys_values import KeyValues
 from adaptive._packing import by_group, contents, hooked, part, stack_norms, stack_projections
 from adaptive._product import filled_up, product
-from adaptive._span import Apart, Reach, Span, Window
-from adaptive._tokens import Layout, Tokens, visible, visible_in_ring
+from adaptive._reach import Reach, Sight
+from adaptive._span import Apart, Span, Window
+from adaptive._tokens import Tokens
 
-#: Above this many queries the group of a key head is not folded into the query rows.
-_FOLD_LIMIT = 64
 #: From this size of a layer's key and value weights on, reading them twice costs more than the
 #: few operations per layer that save it.
 _LARGE = 2**19
@@ -116,6 +115,7 @@ class NativeExecutor(TokenExecutor):
             ahead=ahead,
             like=self._kv,
         )
+        self._sight = Sight(self._memory, padding, masked=self._capped)
         self._length = [0] * self.layers
         self._padding = padding
         self._positions = positions
@@ -236,9 +236,8 @@ class NativeExecutor(TokenExecutor):
             for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
         }
         layout = tokens.layout(self._memory.batch)
-        slots = layout.lay(tokens.slots, empty=-1)
         reach = {
-            window: self._look_apart(tokens, written, layout, slots, window)
+            window: self._sight.apart(tokens, layout, window, written=written.slots)
             for window in self._windows
         }
         span = Span(late, tables, reach, bare, Apart(written.rows, layout))
@@ -258,19 +257,13 @@ class NativeExecutor(TokenExecutor):
             rope: (cos.index_select(3, real), sin.index_select(3, real))
             for rope, cos, sin in zip(self._ropes, self._cos, self._sin, strict=True)
         }
-        asking = real[None, -queries:]
-        padding = None if self._padding is None else self._padding[:, :stop]
-        lines = asking if padding is None else asking.expand(len(padding), -1)
-        groups = self.heads // self.kv_heads
         reach = {}
         for width in self._windows:
-            if self._memory.wraps(width, stop):
-                end, mask = self._seen_in_ring(lines, padding, width)
-            else:
-                end, mask = stop, visible(lines, padding, low=0, stop=stop, window=width)
-            if 1 < queries <= _FOLD_LIMIT:  # once for all layers
-                mask = mask.repeat(1, 1, groups, 1)
-            reach[width] = Reach(0, end, mask, False, slots)
+            own = self._sight.around(real[-queries:], stop, width)
+            if 1 < queries <= FOLD_LIMIT and own.mask is not None:  # once for all layers
+                groups = self.heads // self.kv_heads
+                own = own._replace(mask=own.mask.repeat(1, 1, groups, 1))
+            reach[width] = own
         return Window(slots, tables, reach)
 
     def embed_window(self, ids: Tensor, window: Window) -> Tensor:
@@ -371,7 +364,7 @@ class NativeExecutor(TokenExecutor):
             norm = part(self._key_norms, low, high, axes=4)
             keys = norm.finish(norm.bare(keys))
         shape = (span, batch, self.kv_heads, count, self.head_width)
-        return _rotate(keys, cos, sin).reshape(shape), values.reshape(shape)
+        return rotate(keys, cos, sin).reshape(shape), values.reshape(shape)
 
     def _ropes_of(self, low: int, high: int) -> list[int]:
         """Which table each layer's keys are rotated by; one if all share it."""
@@ -400,7 +393,7 @@ class NativeExecutor(TokenExecutor):
 
     def end(self) -> None:
         """See :class:`TokenExecutor`."""
-        del self._memory, self._cos, self._sin
+        del self._memory, self._sight, self._cos, self._sin
         self._padding = None
 
     def _reaches(self, first: int, start: int, stop: int) -> dict[int | None, Reach]:
@@ -411,54 +404,9 @@ class NativeExecutor(TokenExecutor):
         if self._reach_key != (first, start, stop):
             self._reach_key = (first, start, stop)
             self._reach = {
-                window: self._look(first, start, stop, window) for window in self._windows
+                window: self._sight.along(first, start, stop, window) for window in self._windows
             }
         return self._reach
-
-    def _look(self, first: int, start: int, stop: int, window: int | None) -> Reach:
-        count, device, memory = stop - start, self._kv.device, self._memory
-        into = memory.into(window, first, stop)
-        low = 0 if window is None else max(0, start + 1 - window)
-        before = None
-        if memory.wraps(window, stop):
-            if memory.holds(window, count):
-                lines = 1 if self._padding is None else len(self._padding)
-                slots = torch.arange(start, stop, device=device).expand(lines, -1)
-                end, mask = self._seen_in_ring(slots, self._padding, window)
-                return Reach(0, end, mask, False, into)
-            before = memory.where(window, torch.arange(low, start, device=device))
-        inside = window is None or stop <= window
-        plain = self._padding is None and inside and not self._capped
-        if plain and start == 0 and count > 1:
-            return Reach(0, stop, None, True, into)
-        if self._padding is None and count == 1:
-            return Reach(low, stop, None, False, into)
-        seen = attention_mask(self._padding, start=start, count=count, window=window, device=device)
-        return Reach(low, stop, None if seen is None else seen[..., low:], False, into, before)
-
-    def _look_apart(
-        self, tokens: Tokens, written: Tokens, layout: Layout, slots: Tensor, window: int | None
-    ) -> Reach:
-        """Say what single tokens may see; nothing is hidden from tokens at one slot."""
-        lowest, highest = tokens.reach
-        into = self._memory.where(window, written.slots)
-        padding = None if self._padding is None else layout.of(self._padding)
-        if self._memory.wraps(window, highest + 1):
-            end, mask = self._seen_in_ring(slots, padding, window)
-            return Reach(0, end, mask, False, into)
-        low = 0 if window is None else max(0, lowest + 1 - window)
-        if padding is None and lowest == highest:
-            return Reach(low, highest + 1, None, False, into)
-        mask = visible(slots, padding, low=low, stop=highest + 1, window=window)
-        return Reach(low, highest + 1, mask, False, into)
-
-    def _seen_in_ring(
-        self, slots: Tensor, padding: Tensor | None, window: int | None
-    ) -> tuple[int, Tensor]:
-        """Where the places of a ring end, and which of them queries at these slots see."""
-        assert window is not None
-        places = self._memory.places[window]
-        return places, visible_in_ring(slots, padding, places=places, window=window)
 
     def _run_layer(self, index: int, hidden: Tensor, span: Span) -> Tensor:
         """One decoder layer over ``hidden [batch, n, width]``."""
@@ -492,7 +440,7 @@ class NativeExecutor(TokenExecutor):
         if attention.query_norm is not None and attention.key_norm is not None:
             query = attention.query_norm(turned[:, :, :, :queries])
             turned = torch.cat((query, attention.key_norm(turned[:, :, :, queries:])), dim=3)
-        turned = _rotate(turned.permute(0, 2, 3, 1, 4), *span.tables[attention.rope])
+        turned = rotate(turned.permute(0, 2, 3, 1, 4), *span.tables[attention.rope])
         keys, values = self._merged(turned[:, :, queries:]), mixed[:, :, :, rotated:]
         return self._merged(turned[:, :, :queries]), keys, values.flatten(2, 3).transpose(1, 2)
 
@@ -510,9 +458,9 @@ class NativeExecutor(TokenExecutor):
         if attention.query_norm is not None and attention.key_norm is not None:
             query, keys = attention.query_norm(query), attention.key_norm(keys)
         cos, sin = span.tables[attention.rope]
-        turned = _rotate(keys.permute(0, 2, 3, 1, 4), cos, sin)
+        turned = rotate(keys.permute(0, 2, 3, 1, 4), cos, sin)
         query = query.permute(0, 2, 3, 1, 4)
-        query = _rotate(query, cos[:, :, :, span.late :], sin[:, :, :, span.late :])
+        query = rotate(query, cos[:, :, :, span.late :], sin[:, :, :, span.late :])
         values = both[:, :, :, own:].flatten(2, 3).transpose(1, 2)
         return self._merged(query), self._merged(turned), values
 
@@ -566,42 +514,11 @@ class NativeExecutor(TokenExecutor):
         attention = self._layers[index].attention
         reach = span.reach[attention.window]
         if span.apart is None:
-            return self._attended(query, keys, values, reach, attention).flatten(2)
+            return attend(query, keys, values, reach, attention).flatten(2)
         layout = span.apart.layout
         laid = layout.lay(query[0].transpose(0, 1)).transpose(1, 2)
-        attended = self._attended(laid, layout.of(keys), layout.of(values), reach, attention)
+        attended = attend(laid, layout.of(keys), layout.of(values), reach, attention)
         return layout.pick(attended).flatten(1)[None]
-
-    def _attended(
-        self, query: Tensor, keys: Tensor, values: Tensor, reach: Reach, attention: Attention
-    ) -> Tensor:
-        """From ``query [batch, heads, n, head width]`` to ``[batch, n, heads, head width]``."""
-        batch, heads, count, width = query.shape
-        groups = heads // self.kv_heads
-        mask = reach.mask
-        if attention.softcap is None and (reach.causal or count > _FOLD_LIMIT):
-            attended = F.scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                mask,
-                is_causal=reach.causal,
-                scale=attention.scale,
-                enable_gqa=groups > 1,
-            )
-        else:
-            # queries that share a key head become rows of one product: keys are read once
-            folded = query.reshape(batch, self.kv_heads, groups * count, width)
-            if mask is not None and 1 < count == mask.shape[-2] and groups > 1:
-                mask = mask.repeat(1, 1, groups, 1)
-            if attention.softcap is None:
-                attended = F.scaled_dot_product_attention(
-                    folded, keys, values, mask, scale=attention.scale
-                )
-            else:
-                attended = _capped_attention(folded, keys, values, mask, attention)
-            attended = attended.view(batch, heads, count, width)
-        return attended.transpose(1, 2)
 
 
 def why_not_native(model: PreTrainedModel) -> str | None:
@@ -634,26 +551,3 @@ def why_not_native(model: PreTrainedModel) -> str | None:
         except AttributeError as error:
             return f"layer {index} is not built as its family's layers are: {error}"
     return None
-
-
-def _capped_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, attention: Attention
-) -> Tensor:
-    """Attention whose scaled products are bounded by ``c tanh(s / c)`` before the mask."""
-    cap = attention.softcap
-    assert cap is not None
-    scores = query @ keys.transpose(-1, -2) * (attention.scale / cap)
-    scores = scores.tanh() * cap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first entries of ``states [..., n, head width]``; ``sin`` carries the sign."""
-    width = cos.shape[-1]
-    if width == 0:
-        return states
-    if width < states.shape[-1]:
-        return torch.cat((_rotate(states[..., :width], cos, sin), states[..., width:]), dim=-1)
-    return torch.addcmul(states * cos, torch.roll(states, width // 2, dims=-1), sin)

@@ -7,23 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from adaptive._reach import Reach
 from adaptive._tokens import Layout
-
-
-class Reach(NamedTuple):
-    """What the queries of a run may see, for layers with the same window, and where they write.
-
-    Places ``low .. stop - 1``; ``mask``, if there is one, is over these. Keys and values are
-    written to ``into``. A run that is longer than what may be overwritten at once sees the places
-    ``before``, as they were, and then itself.
-    """
-
-    low: int
-    stop: int
-    mask: Tensor | None
-    causal: bool
-    into: slice | Tensor
-    before: Tensor | None = None
 
 
 class Apart(NamedTuple):

@@ -59,7 +59,8 @@ def test_the_next_call_captures_nothing(
         assert torch.equal(_texts(model, policy, *given, capture, max_new_tokens=new), text)
         made.append(taped.made)
         stack = _kept[model][1]
-        for values in (stack.executor._keys, stack.executor._values, stack.ring, stack.states):
+        memory = stack.executor._memory
+        for values in (*memory.keys, *memory.values, stack.ring, stack.states):
             values.fill_(float("nan"))
     assert made[0] > 0
     assert made[2] == made[1]

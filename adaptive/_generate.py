@@ -109,7 +109,8 @@ def generate(
     model : PreTrainedModel
         A causal language model with exits (see :func:`attach_exits`).
     input_ids : Tensor, int64 [batch, prompt]
-        Prompts, padded on the left, with ``attention_mask`` where there is padding.
+        Prompts, padded on the left, with ``attention_mask`` where there is padding; ``inputs`` is
+        another name for them, as in ``model.generate``.
     logits_processor, stopping_criteria, generation_config
         As in ``model.generate``. Processors must be functions of their arguments.
     policy : Policy
@@ -234,6 +235,10 @@ def generate(
         "compiled": compiled,
     }
     family_of(model)
+    if input_ids is None:  # by its name in `model.generate`
+        input_ids = model_kwargs.pop("inputs", None)
+    elif "inputs" in model_kwargs:
+        raise InvalidArgumentError("inputs", "a second prompt", "none where `input_ids` is given")
     check_inputs(model, input_ids, model_kwargs)
     if model_kwargs.get("assistant_model") is not None:
         raise UnsupportedError(_NO_ASSISTANT)

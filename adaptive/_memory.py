@@ -49,7 +49,7 @@ class OutOfMemoryError(AdaptiveError, torch.OutOfMemoryError):
         super().__init__(
             f"the run is out of memory. {generated} of at most {max_length - prompt} tokens were "
             f"generated for a batch of {batch} with prompts of {prompt} tokens: they are in "
-            f"`error.sequences`. Keys and values of {max_length} slots in every layer take "
+            f"`error.sequences`. Keys and values of {max_length} slots take up to "
             f"{cache_bytes / 2**20:.4g} MiB. Use a smaller batch, shorter prompts or a smaller "
             f"`max_new_tokens`. The allocator said: {reason}"
         )
@@ -124,7 +124,7 @@ def handing_back(decoding: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cache_bytes(model: PreTrainedModel, *, batch: int, slots: int) -> int:
-    """Bytes of the keys and values of all layers."""
+    """Bytes of the keys and values of all layers; less where they have windows."""
     config = model.config
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -749,6 +749,17 @@ def test_positions_may_be_one_row_for_all() -> None:
         assert torch.equal(ours, model.generate(**inputs, **settings))
 
 
+def test_prompts_have_the_name_they_have_in_transformers_too() -> None:
+    model = helpers.shared("llama")
+    ids, _ = helpers.prompts((5,))
+    given: dict[str, Any] = {"policy": helpers.never("exact"), "max_new_tokens": 4}
+    assert torch.equal(generate(model, inputs=ids, **given), generate(model, ids, **given))
+    with pytest.raises(InvalidArgumentError, match="a second prompt"):
+        generate(model, ids, inputs=ids, **given)
+    with pytest.raises(InvalidTypeError, match="a tensor"):
+        generate(model, inputs=[[3, 4]], **given)
+
+
 def test_models_without_exits_are_refused() -> None:
     model = helpers.tiny("llama", exits=False)
     with pytest.raises(NoExitsError, match="`attach_exits"):

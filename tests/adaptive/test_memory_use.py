@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import helpers
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from adaptive import attach_exits, generate
 from adaptive._native import NativeExecutor
@@ -85,6 +93,61 @@ def test_a_tenth_over_the_static_cache(mode: Mode, batch: int, peak: Peak) -> No
 
     ours(), static()
     assert weights(model) + peak(ours) <= 1.1 * (weights(model) + peak(static))
+
+
+@pytest.mark.parametrize("kind", ["every layer", "five of six"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tenth_over_the_static_cache_where_layers_have_windows(
+    mode: Mode, kind: str, peak: Peak
+) -> None:
+    """A static cache keeps a window's worth in them; so do we, and what may wait."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "sliding_window": 512,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(3)
+    if kind == "every layer":
+        model: Any = MistralForCausalLM(MistralConfig(**settings)).eval()
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**settings)).eval()
+    attach_exits(model, (2, 4))
+    assert isinstance(executor_for(model), NativeExecutor)
+    ids = torch.randint(2, 97, (2, 1500), generator=torch.Generator().manual_seed(0))
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    policy = replace(helpers.mixed(model, mode), stages=(0, 1))
+    held: list[int] = []
+    end = NativeExecutor.end
+
+    def noted(own: NativeExecutor) -> None:
+        memory = own._memory
+        held.append(sum(states.nbytes for states in (*memory.keys, *memory.values)))
+        end(own)
+
+    def ours() -> None:
+        generate(model, ids, policy=policy, max_pending=32, **given)
+
+    def static(**more: Any) -> Any:
+        return model.generate(
+            ids, cache_implementation="static", disable_compile=True, **given, **more
+        )
+
+    ours()
+    assert peak(ours) <= 1.1 * peak(static)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeExecutor, "end", noted)
+        ours()
+    layers = static(return_dict_in_generate=True).past_key_values.layers
+    assert held[-1] <= 1.1 * sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def test_packed_weights_are_the_models_own() -> None:

@@ -13,7 +13,7 @@ from adaptive._tokens import Tokens, ring_places
 
 
 class RowStack(HostStack):
-    """Only rows that need a segment pass it; rows that are finished pass none.
+    """Rows that are finished pass no segment any more.
 
     Row ``r`` has the keys and values of ``filled[s, r]`` slots in segment ``s``, never more than
     in the segment before. The state of every token that waits is kept in a ring, one place per

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaptive._calibrate import calibrate, mean_run_depth
+from adaptive._calibrate import calibrate
 from adaptive._deployment import Deployment
 from adaptive._display import RiskPathDisplay
 from adaptive._display_axes import save_figure
@@ -26,6 +26,7 @@ from adaptive._generate import generate
 from adaptive._inputs import Units, read_units
 from adaptive._output import AdaptiveOutput
 from adaptive._progress import bar
+from adaptive._run import mean_run_depth
 from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions
 from adaptive._timing import layer_and_head_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -11,6 +12,7 @@ import transformers
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 
+from adaptive._distributed import from_first
 from adaptive.calibration import Certificate, DeltaLedger, InvalidArgumentError
 
 #: Shares of the units used to train exits (only if the model has none) and to choose the path.
@@ -98,11 +100,109 @@ class Facts:
             | {"torch": torch.__version__, "transformers": transformers.__version__},
         )
 
+    def booked(self, ledger: DeltaLedger | None, delta: float, *, purpose: str) -> Facts:
+        """Spend delta, if there is a ledger, and record what the account looks like then.
 
-def booked(ledger: DeltaLedger, delta: float, *, purpose: str, data: str) -> dict[str, Any]:
-    """Spend delta, and say what the account looks like then."""
-    entry = ledger.spend(delta, purpose=purpose, data=data)
-    return {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
+        Raises
+        ------
+        BudgetSpentError
+            If the ledger has less than that left.
+        """
+        if ledger is None:
+            return self
+
+        def account() -> dict[str, Any]:
+            entry = ledger.spend(delta, purpose=purpose, data=self.fingerprints["data"])
+            return {"spent": ledger.spent(), "budget": ledger.budget, "entry": entry.created}
+
+        return replace(self, split=self.split | {"ledger": from_first(account)})
+
+
+class Loss(Protocol):
+    """What every calibration asks of its loss: name, whether it is 0 or 1, largest value."""
+
+    @property
+    def name(self) -> str:
+        """What is averaged over units, in words."""
+
+    @property
+    def binary(self) -> bool:
+        """Whether it is 0 or 1, which selects the exact test."""
+
+    @property
+    def bound(self) -> float:
+        """Largest possible value."""
+
+
+def test_of(loss: Loss, method: str) -> dict[str, Any]:
+    """Return the arguments of ``control_risk`` and ``minimum_units`` that follow from a loss."""
+    return {
+        "method": method,
+        "loss_type": "binary" if loss.binary else "bounded",
+        "bound": loss.bound,
+    }
+
+
+def none_run(
+    loss: Loss,
+    *,
+    risk: float,
+    delta: float,
+    unit: str,
+    n: int,
+    why: str,
+    evidence: dict[str, Any] | None = None,
+) -> Certificate:
+    """Return the certificate of a calibration that ended before its test, with the reason."""
+    return Certificate(
+        holds=False,
+        risk=risk,
+        delta=delta,
+        loss=loss.name,
+        unit=unit,
+        method="none run",
+        procedure="fixed-sequence",
+        n=n,
+        index=None,
+        evidence=evidence or {},
+        bound=loss.bound,
+        assumptions=(),
+        split={},
+        notes=(why,),
+    )
+
+
+def with_evidence(certificate: Certificate, more: dict[str, Any]) -> Certificate:
+    """Add entries to a certificate's evidence."""
+    return replace(certificate, evidence=certificate.evidence | more)
+
+
+def data_fingerprint(units: Parts) -> str:
+    """Hash of all units, in whatever order they come."""
+    return hashlib.sha256("".join(sorted(units.ids)).encode()).hexdigest()[:24]
+
+
+def count_units(test: Parts) -> int:
+    """Count what the test counts: clusters, if these units carry any."""
+    return len(test) if test.groups is None else len(np.unique(test.groups))
+
+
+def too_few(n: int, needed: int, *, noun: str, per_unit: int = 1) -> str:
+    """Say that the test split is too small, and how many prompts or inputs would do.
+
+    Parameters
+    ----------
+    n, needed : int
+        Units in the test split, and units that the test needs.
+    noun : str
+        What the rows of the dataset are called.
+    per_unit : int
+        Rows that make one unit.
+    """
+    return (
+        f"Too few units: the test split has {n}, and this promise needs at least {needed} in the "
+        f"test even if every loss is zero (about {total_units(needed) * per_unit} {noun} in all)."
+    )
 
 
 def parted(units: UnitsT, share: float, rng: int) -> tuple[UnitsT, UnitsT]:

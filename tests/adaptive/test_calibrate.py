@@ -15,7 +15,8 @@ import pytest
 import torch
 from scipy import stats
 
-import adaptive._calibrate as module
+import adaptive._bench as bench
+import adaptive._certify as certifying
 from adaptive import (
     CertificateMismatchError,
     ExitTraining,
@@ -80,8 +81,8 @@ def model(tools: SimpleNamespace, saved_planted: Path) -> Any:
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "seconds_per_token", _cheaper)
-    monkeypatch.setattr(module, "schedule_costs", _cheap_checks)
+    monkeypatch.setattr(bench, "seconds_per_token", _cheaper)
+    monkeypatch.setattr(bench, "schedule_costs", _cheap_checks)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +112,9 @@ def result(model: Any, prompts: list[list[int]]) -> SimpleNamespace:
         return control_risk(noted, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "seconds_per_token", _cheaper)
-        patch.setattr(module, "schedule_costs", _cheap_checks)
-        patch.setattr(module, "control_risk", watched)
+        patch.setattr(bench, "seconds_per_token", _cheaper)
+        patch.setattr(bench, "schedule_costs", _cheap_checks)
+        patch.setattr(certifying, "control_risk", watched)
         policy = run(model, prompts)
     return SimpleNamespace(policy=policy, certificate=policy.certificate, losses=seen)
 
@@ -170,7 +171,7 @@ def test_the_cheapest_certified_member_is_returned(
     result: SimpleNamespace, model: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert result.certificate.index == result.certificate.evidence["certified"][-1]
-    monkeypatch.setattr(module, "seconds_per_token", _first_is_best)
+    monkeypatch.setattr(bench, "seconds_per_token", _first_is_best)
     policy = run(model, prompts)
     certificate = policy.certificate
     assert certificate.index == 1
@@ -185,7 +186,7 @@ def test_the_cheapest_certified_member_is_returned(
 def test_none_faster_means_full_depth(
     model: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "seconds_per_token", _dearer)
+    monkeypatch.setattr(bench, "seconds_per_token", _dearer)
     policy = run(model, prompts)
     assert _full(policy)
     assert not policy.certificate.holds
@@ -306,9 +307,9 @@ def scheduled(model: Any, prompts: list[list[int]]) -> SimpleNamespace:
     found = {}
     for checks in ((0.0, 0.0, 0.0), (50.0, 0.0, 0.0), (50.0, 50.0, 50.0)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "seconds_per_token", _cheaper)
-            patch.setattr(module, "schedule_costs", _costing(*checks))
-            patch.setattr(module, "choose_path", noted)
+            patch.setattr(bench, "seconds_per_token", _cheaper)
+            patch.setattr(bench, "schedule_costs", _costing(*checks))
+            patch.setattr(bench, "choose_path", noted)
             found[checks] = run(model, prompts, 0.3, members=2)
     return SimpleNamespace(policies=found, traces=seen)
 
@@ -354,7 +355,7 @@ def test_the_schedule_is_chosen_on_the_fit_split_alone(
 def test_a_schedule_that_is_given_is_kept(
     model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "schedule_costs", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "schedule_costs", lambda *_, **__: pytest.fail("measured"))
     given = Policy(ProbeScore(), Threshold(), stages=(0, 2))
     policy = run(model, prompts[:70], policy=given, members=1)
     assert policy.stages == (0, 2)
@@ -501,7 +502,7 @@ def test_each_member_writes_its_texts_once(
         begun.append(settings["description"])
         return run_units(*args, **settings)
 
-    monkeypatch.setattr(module, "run_units", noted)
+    monkeypatch.setattr(bench, "run_units", noted)
     certificate = run(model, prompts).certificate
     assert certificate.evidence["upper_bound"]
     tested = [words for words in begun if words.startswith("testing member")]
@@ -520,8 +521,8 @@ def test_few_clusters_are_few_units(model: Any, prompts: list[list[int]]) -> Non
 def test_without_a_gain_the_default_says_so(
     model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(module, "seconds_per_token", _dearer)
-    monkeypatch.setattr(module, "control_risk", None)  # nothing is tested
+    monkeypatch.setattr(bench, "seconds_per_token", _dearer)
+    monkeypatch.setattr(certifying, "control_risk", None)  # nothing is tested
     policy = run(model, prompts[:60], mode=None)
     assert _full(policy)
     assert policy.mode == "exact"

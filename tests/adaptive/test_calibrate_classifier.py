@@ -16,7 +16,8 @@ from encoders import rows_of, some_inputs, tiny_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import adaptive._calibrate_classifier as module
+import adaptive._certify_classifier as certifying
+import adaptive._classifier_bench as bench
 from adaptive import (
     CertificateMismatchError,
     InvalidArgumentError,
@@ -89,7 +90,7 @@ def _cheaper(stages: Any, inputs: Any, policies: Any, **_: Any) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "seconds_per_row", _cheaper)
+    monkeypatch.setattr(bench, "seconds_per_row", _cheaper)
 
 
 @pytest.fixture
@@ -144,13 +145,13 @@ def test_evidence_can_be_checked_against_real_runs(x: Tensor) -> None:
 def test_each_member_runs_once(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound of the last certified member is read off the losses that its test has seen."""
     begun: list[Policy | None] = []
-    original = module._Bench.run
+    original = bench.ClassifierBench.run
 
-    def noted(bench: Any, policy: Policy | None) -> Any:
+    def noted(self: Any, policy: Policy | None) -> Any:
         begun.append(policy)
-        return original(bench, policy)
+        return original(self, policy)
 
-    monkeypatch.setattr(module._Bench, "run", noted)
+    monkeypatch.setattr(bench.ClassifierBench, "run", noted)
     evidence = run(x).certificate.evidence
     assert evidence["upper_bound"]
     assert len(begun) == 1 + len(evidence["columns"])  # full computation first
@@ -185,7 +186,7 @@ def test_too_few_inputs_give_full_computation_and_a_number(x: Tensor, count: int
 
 def test_none_faster_means_full_computation(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        module, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))[None]
+        bench, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))[None]
     )
     policy = run(x)
     assert policy.rule.threshold == math.inf
@@ -197,7 +198,7 @@ def test_the_cheapest_certified_member_is_returned(
     x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        module,
+        bench,
         "seconds_per_row",
         lambda s, i, p, **_: np.array([[1.0, 0.5, *[0.9] * (len(p) - 2)]]),
     )
@@ -279,7 +280,7 @@ def test_a_certified_error_rate_of_full_computation_alone(
     x: Tensor, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        module, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))[None]
+        bench, "seconds_per_row", lambda s, i, p, **_: 1.0 + 0.01 * np.arange(len(p))[None]
     )
     policy = run((x, labels_of(x, rng)), 0.2, loss="error")
     assert policy.rule.threshold == math.inf
@@ -516,5 +517,5 @@ def test_the_promise_holds_and_tuning_would_break_it(monkeypatch: pytest.MonkeyP
     certified, broken = _broken(trials)
     assert certified > trials / 4
     assert broken <= violation_limit(trials, 0.05)
-    monkeypatch.setattr(module, "control_risk", _naive)
+    monkeypatch.setattr(certifying, "control_risk", _naive)
     assert _broken(trials // 2)[1] > violation_limit(trials // 2, 0.05)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-import adaptive._calibrate as calibration
+import adaptive._bench as bench
 from adaptive import InvalidArgumentError, Policy
 from adaptive.__main__ import main
 from adaptive._cli import read_prompts
@@ -43,9 +43,7 @@ def home(
 def policy(home: Path) -> Path:
     """A policy calibrated through the command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 / (1 + _count(p))[None]
-        )
+        patch.setattr(bench, "seconds_per_token", lambda m, u, p, **_: 1.0 / (1 + _count(p))[None])
         patch.setattr(sys, "argv", ["adaptive", *_calibrate(home), "--out", str(home / "policy")])
         with pytest.raises(SystemExit) as end:
             main()

@@ -62,7 +62,7 @@ def test_calibration(
     planted: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "adaptive._calibrate.seconds_per_token",
+        "adaptive._bench.seconds_per_token",
         lambda model, units, policies, **_: np.arange(len(policies), 0, -1.0)[None],
     )
     settings: dict[str, Any] = {"risk": 0.4, "delta": 0.2, "new_tokens": 4, "progress": False}

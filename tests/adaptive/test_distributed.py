@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-import adaptive._calibrate, adaptive._calibrate_classifier, adaptive._collect
+import adaptive._bench, adaptive._classifier_bench, adaptive._collect
 from adaptive import ExitTraining, calibrate, collect_trace, get_exits
 from adaptive._distributed import process, processes
 from adaptive._schedule_costs import ScheduleCosts
@@ -46,9 +46,9 @@ def schedule_costs(model, exits, policy, **_):
     assert process() == 0
     return ScheduleCosts(np.arange(1.0, len(exits.layers) + 2), np.full(len(exits.layers), 0.01))
 
-adaptive._calibrate.seconds_per_token = seconds
-adaptive._calibrate.schedule_costs = schedule_costs
-adaptive._calibrate_classifier.seconds_per_row = seconds_per_row
+adaptive._bench.seconds_per_token = seconds
+adaptive._bench.schedule_costs = schedule_costs
+adaptive._classifier_bench.seconds_per_row = seconds_per_row
 adaptive._collect.stage_seconds = lambda model, exits, **_: np.arange(1.0, len(exits.layers) + 2)
 
 def loaded(exits):

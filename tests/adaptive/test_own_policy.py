@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from transformers import PreTrainedTokenizerFast
 
-import adaptive._calibrate as calibration
+import adaptive._bench as bench
 from adaptive import AdaptiveOutput, InvalidArgumentError, Policy, calibrate, generate
 from adaptive.__main__ import main
 from adaptive._cli import _import
@@ -58,7 +58,7 @@ def model(tools: SimpleNamespace, saved_planted: Path) -> Any:
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured seconds that fall along the path, so that no test depends on the clock."""
     monkeypatch.setattr(
-        calibration, "seconds_per_token", lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))[None]
+        bench, "seconds_per_token", lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))[None]
     )
 
 
@@ -67,7 +67,7 @@ def certified(model: Any, own: AbstractRule, tools: SimpleNamespace) -> Policy:
     family = Policy(ProbeScore(), own, stages=(0, 1, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            calibration,
+            bench,
             "seconds_per_token",
             lambda m, u, p, **_: 1.0 - 0.01 * np.arange(len(p))[None],
         )

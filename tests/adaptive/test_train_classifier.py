@@ -223,7 +223,7 @@ def test_a_text_classifier_from_strings_to_answers(
         optimizer.step()
     model.eval()
     monkeypatch.setattr(
-        "adaptive._calibrate_classifier.seconds_per_row",
+        "adaptive._classifier_bench.seconds_per_row",
         lambda stages, inputs, policies, **_: np.arange(len(policies), 0, -1.0)[None],
     )
     data = [{"text": t, "label": int(y)} for t, y in zip(texts, labels, strict=True)][192:]

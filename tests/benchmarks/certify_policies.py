@@ -29,9 +29,8 @@ import torch
 from numpy.typing import NDArray
 from policy_rows import ROWS, Row, Workshop, slug
 
-import adaptive._calibrate as calibration_door
+import adaptive._bench as calibration_bench
 from adaptive import ExitTraining, attach_exits, calibrate, train_exits
-from adaptive._calibrate import mean_run_depth
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._exits import Exits
@@ -39,7 +38,7 @@ from adaptive._fingerprint import model_fingerprint
 from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._losses import unit_loss
-from adaptive._run import Run
+from adaptive._run import Run, mean_run_depth
 from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions, training_functions
 from adaptive._tier import executor_for
@@ -174,16 +173,16 @@ def cheapest_is_best() -> Iterator[None]:
     On a model of 3 million parameters what a layer saves is less than what a check costs, and a
     table that depended on the clock could not be repeated.
     """
-    kept = calibration_door.seconds_per_token
+    kept = calibration_bench.seconds_per_token
 
     def falling(model: Any, units: Any, policies: Sequence[Policy], **_: Any) -> NDArray[Any]:
         return 1.0 - 0.01 * np.arange(len(policies))[None]
 
-    calibration_door.seconds_per_token = falling
+    calibration_bench.seconds_per_token = falling
     try:
         yield
     finally:
-        calibration_door.seconds_per_token = kept
+        calibration_bench.seconds_per_token = kept
 
 
 def interval(losses: NDArray[np.float64]) -> tuple[float, float]:

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adaptive._calibrate import calibrate, mean_run_depth
+from adaptive._calibrate import calibrate
 from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._families import layers_of
 from adaptive._inputs import Units, read_units
 from adaptive._path import token_losses
+from adaptive._run import mean_run_depth
 from adaptive._runs import full_depth, run_units
 from adaptive._stdlib import held_out_functions, prose_prompts
 from adaptive.examples import load_model

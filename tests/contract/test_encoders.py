@@ -222,7 +222,7 @@ def test_exits_travel_with_the_model(
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_calibrate_and_predict(model: PreTrainedModel, labelled: bool, monkeypatch: Any) -> None:
-    import adaptive._calibrate_classifier as module
+    import adaptive._classifier_bench as module
 
     monkeypatch.setattr(
         module,

@@ -17,38 +17,20 @@ from typing import Any, Self
 from adaptive._monitor_journal import Journal, Snapshot
 from adaptive._monitor_outcome import Outcome, Ticket, checked
 from adaptive._monitor_records import Event, JournalError, Status, Unit, Watched
-from adaptive._monitor_reference import read_reference
 from adaptive._monitor_replay import label_record, replayed, unit_record
-from adaptive._monitor_rules import (
-    MonitorState,
-    Rules,
-    audit,
-    evidence,
-    first_state,
-    label,
-    observe,
-    plan,
-    trip,
-)
+from adaptive._monitor_rules import audit, evidence, label, observe, plan, trip
+from adaptive._monitor_setup import rules_for
+from adaptive._monitor_state import MonitorState, Rules, first_state
 from adaptive.calibration import (
     AbstractAudits,
     AbstractRiskMonitor,
-    EvidenceAudits,
-    ExpectedLossCurve,
     InvalidArgumentError,
-    InvalidTypeError,
-    LifetimeRiskMonitor,
-    RecoveryTest,
     ScoreAudits,
-    UniformAudits,
-    UnsupportedError,
-    corrected_range,
 )
 from adaptive.calibration._validation import check_count
 from adaptive.policies import Policy
 
 _log = logging.getLogger(__name__)
-_SIGN_RUN_LENGTH = 1e4
 _LOUD = frozenset({"warn", "alarm", "trip"})
 
 
@@ -178,54 +160,16 @@ class Monitor:
         UnsupportedError
             If the certificate promises several risks, or the mode is ``verify``.
         """
-        if not isinstance(policy, Policy):
-            raise InvalidTypeError("policy", policy, "a Policy")
-        certificate = policy.certificate
-        if certificate is None:
-            raise InvalidArgumentError(
-                "policy", "a policy without a certificate", "calibrated: there is no promise here"
-            )
-        if policy.mode == "verify":
-            raise UnsupportedError("`verify` mode has no risk to watch: its text is the model's")
-        if isinstance(certificate.risk, dict) or isinstance(certificate.bound, dict):
-            raise UnsupportedError("a certificate of several risks cannot be monitored yet")
-        if tighten and "knobs" not in certificate.evidence:
-            raise InvalidArgumentError(
-                "tighten", tighten, "0 for a certificate that names no members of a path"
-            )
-        reference = read_reference(certificate)
-        if audits is not None and not isinstance(audits, AbstractAudits):
-            allowed = "UniformAudits, EvidenceAudits or ScoreAudits"
-            raise InvalidTypeError("audits", audits, allowed)
-        if audits is None:
-            free = policy.mode == "exact"
-            audits = UniformAudits(1.0) if free else EvidenceAudits(0.1, 0.5)
-        if detector is None:
-            lower, upper = _range(audits, reference.curve, certificate.bound)
-            detector = LifetimeRiskMonitor(
-                certificate.risk, alpha=alpha, lower=lower, upper=upper, warn=0.25
-            )
-        elif not isinstance(detector, AbstractRiskMonitor):
-            raise InvalidTypeError("detector", detector, "a RiskMonitor or LifetimeRiskMonitor")
-        elif detector.bound > certificate.risk or detector.upper < certificate.bound:
-            raise InvalidArgumentError(
-                "detector",
-                detector,
-                f"one with a bound of at most the {certificate.risk:g} promised, for losses up to "
-                f"{certificate.bound:g}",
-            )
-        low = 0.0 if isinstance(audits, ScoreAudits) else min(0.0, detector.lower)
-        rules = Rules(
-            member=certificate.index or 0,
+        rules = rules_for(
+            policy,
+            alpha=alpha,
+            beta=beta,
             detector=detector,
-            recovery=RecoveryTest(detector.bound, beta=beta, lower=low, upper=certificate.bound),
             audits=audits,
-            curve=reference.curve,
             curve_weight=curve_weight,
-            tighten=check_count("tighten", tighten, least=0),
-            probation=check_count("probation", probation, least=0),
-            seed=check_count("seed", seed, least=0),
-            signs=reference.signs(average_run_length=_SIGN_RUN_LENGTH),
+            tighten=tighten,
+            probation=probation,
+            seed=seed,
         )
         return cls(
             policy,
@@ -496,19 +440,6 @@ def policy_fingerprint(policy: Policy) -> str:
     """Hash of everything a policy says, its certificate included."""
     text = json.dumps(policy.to_dict(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _range(
-    audits: AbstractAudits, curve: ExpectedLossCurve | None, bound: float
-) -> tuple[float, float]:
-    """Return the ends of what the detector is fed: losses, or, by score, their corrections."""
-    if not isinstance(audits, ScoreAudits) or curve is None:
-        return 0.0, bound
-    expected = [*curve.values, curve.upper]  # the last where there is no score
-    chances = audits.probabilities(len(expected), expected=expected)
-    low, high = corrected_range(expected, chances, upper=bound)
-    room = 1e-9 * (high - low)  # for the last bits
-    return low - room, high + room
 
 
 def _beside(journal: Path) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptive._monitor_rules import Plan, Rules, checked_loss
+from adaptive._monitor_rules import checked_loss
+from adaptive._monitor_state import Plan, Rules
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError
 from adaptive.calibration._validation import check_count, check_number
 from adaptive.policies import Policy

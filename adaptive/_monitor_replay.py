@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from adaptive._monitor_records import Event, JournalError, Unit, Watched
-from adaptive._monitor_rules import MonitorState, Rules, label, observe, trip
+from adaptive._monitor_rules import label, observe, trip
+from adaptive._monitor_state import MonitorState, Rules
 from adaptive.calibration import InvalidArgumentError, audit_coins
 
 

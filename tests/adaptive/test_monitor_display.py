@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from adaptive._monitor_rules import Rules
+from adaptive._monitor_state import Rules
 from adaptive.calibration import (
     AbstractAudits,
     EvidenceAudits,

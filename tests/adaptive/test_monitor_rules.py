@@ -11,17 +11,8 @@ import pytest
 
 from adaptive._monitor_channels import Signs
 from adaptive._monitor_records import JournalError, Unit
-from adaptive._monitor_rules import (
-    MonitorState,
-    Rules,
-    audit,
-    evidence,
-    first_state,
-    label,
-    observe,
-    plan,
-    trip,
-)
+from adaptive._monitor_rules import audit, evidence, label, observe, plan, trip
+from adaptive._monitor_state import MonitorState, Rules, first_state
 from adaptive.calibration import (
     EvidenceAudits,
     ExpectedLossCurve,

@@ -21,7 +21,7 @@ from adaptive._inputs import Units
 from adaptive._losses import UnitLoss
 from adaptive._path import Path, choose_path
 from adaptive._run import Run
-from adaptive._runs import full_depth, run_units
+from adaptive._runs import full_depth, full_depth_texts, run_units
 from adaptive._schedule_costs import schedule_costs
 from adaptive._split import Split
 from adaptive._tier import Tier
@@ -90,8 +90,14 @@ class Bench:
 
     def full_texts(self, units: Units) -> list[tuple[int, ...]]:
         """Generate the full model's text of each unit."""
-        policy = replace(full_depth(self.exits), mode="propagate")
-        return [run.tokens for run in self.run(units, policy, "full-depth text", labels=False)]
+        return full_depth_texts(
+            self.model,
+            units,
+            self.exits,
+            deployment=self.deployment,
+            tier=self.tier,
+            progress=self.progress,
+        )
 
     def trace(self) -> Trace | None:
         """Trace the model's own text on the fit split; none if every text ends with one token."""

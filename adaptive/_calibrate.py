@@ -231,7 +231,7 @@ def calibrate(
     _check_mode(mode, policy)
     measured = unit_loss(loss, bound=bound, reduction=reduction)  # type: ignore[arg-type]
     needed = minimum_units(risk, delta, **test_of(measured, method))
-    deployment = _deployment(generation, new_tokens=new_tokens, batch_size=batch_size, seed=rng)
+    deployment = Deployment.of(generation, new_tokens=new_tokens, batch_size=batch_size, seed=rng)
     if device is not None:
         _move(model, device)
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
@@ -300,19 +300,6 @@ def _check_mode(mode: Mode | None, policy: Policy | None) -> None:
         )
     if mode not in (None, "exact", "propagate"):
         raise InvalidArgumentError("mode", mode, "'exact', 'propagate' or None")
-
-
-def _deployment(
-    generation: dict[str, Any], *, new_tokens: int, batch_size: int, seed: int
-) -> Deployment:
-    """Return how text will be decoded: greedily, if nothing is said."""
-    given = getattr(generation.get("generation_config"), "do_sample", None)
-    return Deployment(
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        generation={"do_sample": bool(given)} | generation,
-        seed=seed,
-    )
 
 
 def _move(model: PreTrainedModel, device: torch.device | str) -> None:

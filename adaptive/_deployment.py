@@ -49,6 +49,27 @@ class Deployment:
                     name, self.generation[name], "left out: `new_tokens` says how long texts become"
                 )
 
+    @classmethod
+    def of(
+        cls, generation: Mapping[str, Any], *, new_tokens: int, batch_size: int, seed: int
+    ) -> Deployment:
+        """Return what a caller's arguments say: greedy, if neither they nor their config samples.
+
+        Parameters
+        ----------
+        generation : mapping
+            Arguments of ``model.generate`` as the caller gave them.
+        new_tokens, batch_size, seed
+            As in the class.
+        """
+        given = getattr(generation.get("generation_config"), "do_sample", None)
+        return cls(
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            generation={"do_sample": bool(given)} | dict(generation),
+            seed=seed,
+        )
+
     def arguments(self, ids: Sequence[str]) -> dict[str, Any]:
         """Return keyword arguments of ``generate`` for rows that are units with these ids."""
         return dict(self.generation) | {

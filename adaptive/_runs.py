@@ -103,6 +103,43 @@ def run_units(
     return tuple(found[i] for i in range(len(units)))
 
 
+def full_depth_texts(
+    model: PreTrainedModel,
+    units: Units,
+    exits: Exits,
+    *,
+    deployment: Deployment,
+    tier: Tier | None = None,
+    progress: bool = True,
+    description: str = "full-depth text",
+) -> list[tuple[int, ...]]:
+    """Generate the full model's own text of every unit, by the loop that runs policies.
+
+    Parameters
+    ----------
+    exits : Exits
+        Of the model.
+    model, units, deployment, tier, progress, description
+        As for :func:`run_units`.
+
+    Returns
+    -------
+    list of tuple of int
+        Generated tokens, in the order of the units.
+    """
+    runs = run_units(
+        model,
+        units,
+        replace(full_depth(exits), mode="propagate"),  # nothing is skipped, so nothing is settled
+        deployment=deployment,
+        labels=False,
+        tier=tier,
+        progress=progress,
+        description=description,
+    )
+    return [run.tokens for run in runs]
+
+
 def _rows(output: AdaptiveOutput, prompt: int) -> list[Run]:
     assert output.exit_stages is not None
     assert output.agreement is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +11,7 @@ from adaptive._collect import collect
 from adaptive._deployment import Deployment
 from adaptive._exits import require_exits
 from adaptive._inputs import read_units
-from adaptive._runs import full_depth, require_same_work, run_units
+from adaptive._runs import full_depth_texts, require_same_work
 from adaptive._tier import Tier
 from adaptive.calibration import InvalidTypeError, Trace
 from adaptive.calibration._validation import check_rng
@@ -67,29 +66,20 @@ def collect_trace(
     exits = require_exits(model)
     if score is not None and not isinstance(score, AbstractScore):
         raise InvalidTypeError("score", score, "an AbstractScore")
-    given = getattr(generation.get("generation_config"), "do_sample", None)
-    generation.setdefault("do_sample", bool(given))
-    deployment = Deployment(
-        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=check_rng(rng)
+    deployment = Deployment.of(
+        generation, new_tokens=new_tokens, batch_size=batch_size, seed=check_rng(rng)
     )
     units = read_units(
         dataset, model=model, tokenizer=tokenizer, column=column, groups=groups
     ).distinct()
     require_same_work(model, units)
-    runs = run_units(
-        model,
-        units,
-        replace(full_depth(exits), mode="propagate"),
-        deployment=deployment,
-        labels=False,
-        tier=tier,
-        progress=progress,
-        description="full-depth text",
+    texts = full_depth_texts(
+        model, units, exits, deployment=deployment, tier=tier, progress=progress
     )
     return collect(
         model,
         units,
-        [run.tokens for run in runs],
+        texts,
         deployment=deployment,
         score=score,
         progress=progress,

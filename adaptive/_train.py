@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from adaptive._fingerprint import tokens_hash
 from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._progress import bar
-from adaptive._runs import full_depth, run_units
+from adaptive._runs import full_depth_texts
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from adaptive.calibration._validation import check_count, check_positive, check_rng
 
@@ -274,17 +274,9 @@ def _texts(
         generation={"do_sample": False},
         seed=rng,
     )
-    policy = replace(full_depth(exits), mode="propagate")
-    runs = run_units(
-        model,
-        units,
-        policy,
-        deployment=deployment,
-        labels=False,
-        progress=progress,
-        description="own text",
+    texts = full_depth_texts(
+        model, units, exits, deployment=deployment, progress=progress, description="own text"
     )
-    texts = [run.tokens for run in runs]
     store.keep_texts(texts)
     return texts
 

@@ -275,7 +275,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         raise AssertionError("the text was kept")
 
     monkeypatch.setattr(module, "_translator_loss", counting)
-    monkeypatch.setattr(module, "run_units", regenerated)
+    monkeypatch.setattr(module, "full_depth_texts", regenerated)
     again = _run(tools, interrupted)
     assert len(steps) == 7
     assert _equal(again, whole)

@@ -19,9 +19,16 @@ from adaptive._inputs import Units, batches, read_units
 from adaptive._losses import LossName, SequenceLoss, unit_loss
 from adaptive._output import AdaptiveOutput
 from adaptive._run import Run
-from adaptive._runs import full_depth, run_units
+from adaptive._runs import full_depth_texts, require_same_work, run_units
+from adaptive._settings import check_stages
 from adaptive._tier import Tier
-from adaptive.calibration import InvalidArgumentError, Trace, UnsupportedError, binomial_upper_bound
+from adaptive.calibration import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    Trace,
+    UnsupportedError,
+    binomial_upper_bound,
+)
 from adaptive.calibration._validation import check_rng
 from adaptive.policies import Policy, exit_stages
 
@@ -84,12 +91,7 @@ def first_departures(
     logits, may flip. Use derived losses to choose the path and where to start, or charge the
     test with :func:`flip_bound`.
     """
-    if policy.mode != "exact":
-        raise UnsupportedError(
-            f"departures can be derived in `exact` mode only, not in `{policy.mode}`: there "
-            "every loss comes from a "
-            f"real generation"
-        )
+    _require_exact(policy)
     chosen = np.asarray(trace.columns.get("exit_choices", trace.columns["answers"]))
     choices = np.asarray(trace.columns["choices"])
     emitted = np.asarray(trace.columns["emitted"])
@@ -165,6 +167,7 @@ def regenerated(
     departed, token : ndarray of int64 [n_units]
         One column of :class:`Departures`.
     deployment : Deployment
+    tier : {"native", "generic"}, optional
 
     Returns
     -------
@@ -230,8 +233,12 @@ def derived_sequence_losses(
 
     Parameters
     ----------
+    model, units, deployment, tier
+        As for :func:`regenerated`; the units are those of the trace, in its order.
     texts : sequence of tuple of int
-        The full model's texts, of two tokens or more, in the order of the trace's units.
+        The full model's texts, of two tokens or more.
+    policy, knobs, trace
+        As for :func:`first_departures`.
     loss : callable
         ``loss(early, full, reference)`` on token ids.
 
@@ -299,32 +306,39 @@ def path_losses(
     -------
     ndarray of float64 [n_units, n_members]
         Derived, not observed: see the notes of :func:`first_departures` before testing on them.
+
+    Raises
+    ------
+    NoExitsError
+        If the model has no exits.
+    UnsupportedError
+        If the policy's mode is not ``exact``.
+    InvalidArgumentError, InvalidTypeError
+        If an argument is out of range or of the wrong kind; the message names it.
     """
     if loss == "disagreement":
         raise InvalidArgumentError(
             "loss", loss, "a loss between texts: what follows a departure is not in the trace"
         )
-    generation.setdefault("do_sample", False)
-    deployment = Deployment(
-        new_tokens=new_tokens, batch_size=batch_size, generation=generation, seed=check_rng(rng)
+    measure = loss if callable(loss) else unit_loss(loss, bound=None).sequence
+    if not isinstance(policy, Policy):
+        raise InvalidTypeError("policy", policy, "a Policy")
+    _require_exact(policy)
+    exits = require_exits(model)
+    check_stages(policy, exits)
+    deployment = Deployment.of(
+        generation, new_tokens=new_tokens, batch_size=batch_size, seed=check_rng(rng)
     )
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column).distinct()
-    texts = [
-        run.tokens
-        for run in run_units(
-            model,
-            units,
-            replace(full_depth(require_exits(model)), mode="propagate"),
-            deployment=deployment,
-            labels=False,
-            tier=tier,
-            progress=progress,
-            description="full-depth text",
-        )
-    ]
+    require_same_work(model, units)
+    texts = full_depth_texts(
+        model, units, exits, deployment=deployment, tier=tier, progress=progress
+    )
     # a text of one token is read off the prompt at full depth: no member departs from it
     long = [i for i, text in enumerate(texts) if len(text) > 1]
     found = np.zeros((len(units), len(knobs)))
+    if not long:
+        return found
     kept, own = units.select(long), [texts[i] for i in long]
     trace = collect(
         model,
@@ -339,7 +353,6 @@ def path_losses(
     if loss == "departure":
         found[long] = first_departures(policy, knobs, trace, seed=deployment.seed).losses
         return found
-    measure = loss if callable(loss) else unit_loss(loss, bound=None).sequence
     assert measure is not None
     found[long] = derived_sequence_losses(
         model, kept, own, policy, knobs, trace, loss=measure, deployment=deployment, tier=tier
@@ -352,6 +365,16 @@ def compare_with_real(
 ) -> NDArray[np.int64]:
     """Where real runs of one member depart, beside where the trace says they do.
 
+    Parameters
+    ----------
+    departures : Departures
+    column : int
+        The member's place in it.
+    texts : sequence of sequence of int
+        The full model's texts.
+    runs : sequence of Run
+        Real generations of the member, in the same order.
+
     Returns
     -------
     ndarray of int64 [n_units, 2]
@@ -359,6 +382,14 @@ def compare_with_real(
     """
     real = [_first_difference(text, run.tokens) for text, run in zip(texts, runs, strict=True)]
     return np.stack([departures.index[:, column], np.array(real)], axis=1)
+
+
+def _require_exact(policy: Policy) -> None:
+    if policy.mode != "exact":
+        raise UnsupportedError(
+            f"departures can be derived in `exact` mode only, not in `{policy.mode}`: there every "
+            "loss comes from a real generation"
+        )
 
 
 def _first_difference(full: Sequence[int], early: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from adaptive._departure import (
     derived_sequence_losses,
     first_departures,
     flip_bound,
+    path_losses,
     regenerated,
 )
 from adaptive._deployment import Deployment
@@ -27,6 +28,7 @@ from adaptive._inputs import Units, read_units
 from adaptive._losses import edit_loss, rouge_l_loss
 from adaptive._run import Run
 from adaptive._runs import full_depth, run_units
+from adaptive.calibration import InvalidTypeError
 from adaptive.policies import (
     AbstractRule,
     DynamicVocabulary,
@@ -452,3 +454,61 @@ def test_traces_of_other_texts_are_refused() -> None:
         first_departures(
             Policy(ProbeScore(), Threshold(), stages=(0,)), [0.5], _hand_made(columns=columns)
         )
+
+
+# -- all of it at one call ------------------------------------------------------------------------
+
+PATH = (float("inf"), 0.9, 0.7, 0.5)
+
+
+def losses_of(model: Any, prompts: Any, policy: Policy = PROBE, **settings: Any) -> Any:
+    defaults = {"new_tokens": NEW, "batch_size": 16, "rng": 3, "progress": False}
+    return path_losses(model, prompts, policy, PATH, **(defaults | settings))
+
+
+def test_path_losses_are_those_of_the_trace(greedy: Case, model: Any) -> None:
+    found = losses_of(model, [list(prompt) for prompt in greedy.units.prompts])
+    assert np.array_equal(found, first_departures(PROBE, PATH, greedy.trace).losses)
+    assert found[:, 1:].any()
+    texts = losses_of(model, [list(prompt) for prompt in greedy.units.prompts], loss="edit")
+    assert ((texts > 0) <= (found > 0)).all()  # texts differ nowhere but behind a departure
+    assert texts.any()
+
+
+def test_a_config_that_samples_is_not_overruled(model: Any, tools: SimpleNamespace) -> None:
+    from transformers import GenerationConfig
+
+    prompts = tools.prompts(24, seed=31)
+    config = GenerationConfig(do_sample=True, top_k=30, pad_token_id=0)
+    sampled = losses_of(model, prompts, do_sample=True, top_k=30)
+    assert np.array_equal(losses_of(model, prompts, generation_config=config), sampled)
+    assert not np.array_equal(losses_of(model, prompts), sampled)
+
+
+def test_texts_that_end_at_once_never_depart(model: Any, tools: SimpleNamespace) -> None:
+    found = losses_of(model, tools.prompts(3, seed=31), eos_token_id=list(range(97)))
+    assert found.shape == (3, len(PATH))
+    assert not found.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"loss": "disagreement"}, InvalidArgumentError, "`loss` must be a loss between texts"),
+        ({"loss": "bleu"}, InvalidArgumentError, "`loss` must be one of"),
+        ({"policy": replace(PROBE, mode="propagate")}, UnsupportedError, "`exact` mode only"),
+        ({"policy": replace(PROBE, stages=(0, 3))}, InvalidArgumentError, "exits 0..2"),
+        ({"policy": "cheap"}, InvalidTypeError, "`policy` must be a Policy"),
+    ],
+)
+def test_path_losses_name_what_is_wrong_before_they_generate(
+    model: Any,
+    tools: SimpleNamespace,
+    changes: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("adaptive._departure.full_depth_texts", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(kind, match=message):
+        losses_of(model, tools.prompts(3, seed=31), **changes)

@@ -163,6 +163,7 @@ def consistency_threshold(trace: Trace, *, risk: float, loss: str = "disagreemen
     Parameters
     ----------
     trace : Trace
+        Without groups: units of one cluster are not exchangeable with the next cluster's.
     risk : float
         Level, in (0, 1).
     loss : str
@@ -172,6 +173,11 @@ def consistency_threshold(trace: Trace, *, risk: float, loss: str = "disagreemen
     -------
     float
         In float32 steps, for ``score >= threshold``; ``inf`` if the units are too few.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the trace has groups or no such loss, or `risk` is not in (0, 1).
 
     Notes
     -----
@@ -189,6 +195,8 @@ def consistency_threshold(trace: Trace, *, risk: float, loss: str = "disagreemen
     level = check_probability("risk", risk)
     if loss not in trace.losses:
         raise InvalidArgumentError("loss", loss, f"one of {', '.join(map(repr, trace.losses))}")
+    if trace.groups is not None:
+        raise InvalidArgumentError("trace", "a trace with groups", "of units without groups")
     wrong = np.where(np.asarray(trace.losses[loss]) != 0, trace.scores, np.float32(-np.inf))
     highest = np.sort(np.maximum.reduceat(wrong.max(axis=1), trace.offsets[:-1]))
     rank = math.ceil((trace.n_units + 1) * (1.0 - level) - 1e-9)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from adaptive.calibration import InvalidArgumentError, Trace, mixture_log_p
 from adaptive.policies._labels import exit_losses
+from adaptive.policies._outcome import cluster_means
 from adaptive.policies._threshold_table import ThresholdTable
 
 
@@ -72,7 +73,7 @@ def certified_agreement_thresholds(
     Parameters
     ----------
     trace : Trace
-        Units that were used for nothing else.
+        Units that were used for nothing else; a cluster is the unit where the trace has groups.
     targets : sequence of float
         Strictly descending, in (0, 1).
     delta : float
@@ -139,11 +140,14 @@ def _unit_losses(
     candidates: NDArray[np.float64],
     risk: float,
 ) -> NDArray[np.float64]:
-    """Per unit and candidate, in [0, 1]: mean over tokens of ``risk + 1{stops}(wrong - risk)``."""
+    """Per unit and candidate, in [0, 1]: mean over tokens of ``risk + 1{stops}(wrong - risk)``.
+
+    Where the trace has groups, the mean of that over the units of each cluster.
+    """
     stops = scores[:, None] >= candidates[None, :]
     per_token = risk + stops * (wrong[:, None] - risk)
     means: NDArray[np.float64] = np.add.reduceat(per_token, trace.offsets[:-1], axis=0)
-    return means / trace.lengths[:, None]
+    return cluster_means(means / trace.lengths[:, None], trace)
 
 
 def _checked(targets: Sequence[float]) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ def mean_cost_bound(stages: ArrayLike, trace: Trace, *, delta: float) -> float:
     ----------
     stages : array_like of int [n_tokens]
     trace : Trace
-        Units that fitted nothing.
+        Units that fitted nothing; a cluster is the unit where the trace has groups.
     delta : float
         In (0, 1).
 
@@ -66,7 +66,7 @@ def mean_cost_bound(stages: ArrayLike, trace: Trace, *, delta: float) -> float:
         most this. The routed risk is another statement, certified by itself.
     """
     full = float(trace.costs[-1])
-    shares = unit_costs(stages, trace) / full
+    shares = cluster_means(unit_costs(stages, trace), trace) / full
     return full * float(np.asarray(mixture_upper_bound(shares, delta=delta)).reshape(-1)[0])
 
 
@@ -120,6 +120,21 @@ def budget_certificate(
         rng=rng,
     )
     return result.certificate
+
+
+def cluster_means(values: NDArray[np.float64], trace: Trace) -> NDArray[np.float64]:
+    """Mean over each cluster of values per unit, float64 [n_clusters, ...].
+
+    Units of one cluster are no independent draws: a promise counts clusters. Without groups every
+    unit is its own, and the values are returned as they are.
+    """
+    if trace.groups is None:
+        return values
+    _, codes = np.unique(trace.groups, return_inverse=True)
+    sizes = np.bincount(codes)
+    sums = np.zeros((sizes.size, *values.shape[1:]))
+    np.add.at(sums, codes, values)
+    return sums / sizes.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def unit_means(values: NDArray[np.float64], trace: Trace) -> NDArray[np.float64]:

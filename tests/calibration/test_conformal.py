@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -157,6 +158,24 @@ def test_the_consistency_threshold_is_the_conformal_one_for_departures(rng):
     assert (worst >= threshold).sum() == 100 - math.ceil(101 * 0.8)
     assert (worst >= lower).sum() > (worst >= threshold).sum()
     assert consistency_threshold(trace.select(range(3)), risk=0.2) == math.inf
+
+
+def test_the_consistency_threshold_refuses_clusters():
+    """Four clusters of a hundred equal units: a new cluster departs in 40 % of draws, not 26 %."""
+    rng, departed = np.random.default_rng(0), []
+    for _ in range(200):
+        highest = rng.random(5, dtype=np.float32)
+        trace = Trace(
+            scores=np.repeat(highest[:4], 100)[:, None],
+            losses={"disagreement": np.ones((400, 1), dtype=bool)},
+            costs=[1, 2],
+            cost_quantity="s",
+        )
+        departed.append(highest[4] >= consistency_threshold(trace, risk=0.26))
+        grouped = dataclasses.replace(trace, groups=np.repeat(np.arange(4), 100))
+        with pytest.raises(InvalidArgumentError, match="of units without groups"):
+            consistency_threshold(grouped, risk=0.26)
+    assert np.mean(departed) > 0.33  # what the promise would be, had the clusters been passed over
 
 
 def halting_data(rng, n, errors=(0.02, 0.02, 0.02)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from adaptive.calibration import InvalidArgumentError, Trace
+from adaptive.calibration.conformance import violation_limit
 from adaptive.policies import agreement_thresholds, certified_agreement_thresholds, exit_stages
 
 
@@ -66,6 +68,23 @@ def test_certified_thresholds_keep_the_target(per_unit: int) -> None:
                 violations += agreement < 0.85
     assert certified > 100
     assert violations <= 100 * 0.1 + 9
+
+
+def test_a_target_is_certified_by_clusters() -> None:
+    """Twenty clusters of twenty equal units, right seven times in ten: a target just above."""
+    rng, trials = np.random.default_rng(1), 400
+    broken = np.zeros(2)
+    for _ in range(trials):
+        wrong = np.repeat(rng.random(20) < 0.3, 20)[:, None]
+        grouped = replace(
+            trace_of(np.full((400, 1), 0.9), wrong), groups=np.repeat(np.arange(20), 20)
+        )
+        for place, trace in enumerate((grouped, replace(grouped, groups=None))):
+            table = certified_agreement_thresholds(
+                trace, targets=(0.7001,), delta=0.1, n_candidates=1
+            )
+            broken[place] += math.isfinite(table.thresholds[0][0])
+    assert broken[0] <= violation_limit(trials, 0.1) < broken[1]
 
 
 @pytest.mark.parametrize(

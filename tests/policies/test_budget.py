@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from adaptive.calibration import (
     marginal_thresholds,
     survivor_thresholds,
 )
+from adaptive.calibration.conformance import violation_limit
 from adaptive.policies import (
     ThresholdTable,
     budget_certificate,
@@ -223,6 +225,25 @@ def test_budgets_are_kept_on_fresh_traffic_and_certified() -> None:
         assert unit_costs(stages, fresh).mean() <= budget
         assert unit_costs(stages, fresh).mean() <= mean_cost_bound(stages, fresh, delta=0.05)
         assert mean_cost_bound(stages, fresh, delta=0.05) <= budget + 0.1
+
+
+def test_the_bound_of_a_mean_cost_counts_clusters() -> None:
+    """Twenty clusters of twenty equal units: as four hundred units they would promise too much."""
+    rng, trials, truth = np.random.default_rng(5), 400, 2.5
+    names = np.repeat(np.arange(20), 20)
+    broken = np.zeros(2)
+    for _ in range(trials):
+        stages = np.repeat(rng.integers(0, 2, size=20), 20)
+        grouped = Trace(
+            scores=np.full((400, 1), 0.5),
+            losses={"disagreement": np.zeros((400, 1), dtype=bool)},
+            costs=[1.0, 4.0],
+            cost_quantity="layers",
+            groups=names,
+        )
+        for place, trace in enumerate((grouped, replace(grouped, groups=None))):
+            broken[place] += mean_cost_bound(stages, trace, delta=0.1) < truth
+    assert broken[0] <= violation_limit(trials, 0.1) < broken[1]
 
 
 def test_routed_risk_is_not_the_mixture_of_the_risks() -> None:

@@ -17,7 +17,7 @@ from adaptive.calibration._examination import Examiner, Settings
 from adaptive.calibration._losses import LossColumns, Losses, groups_of, loss_columns
 from adaptive.calibration._procedures import AbstractProcedure, procedure_of
 from adaptive.calibration._risk_test import AbstractRiskTest
-from adaptive.calibration._testing import mask_of
+from adaptive.calibration._testing import Tested, mask_of
 from adaptive.calibration._validation import (
     Rng,
     as_generator,
@@ -225,15 +225,13 @@ def control_risk(
         return _control_per_group(sources, groups, settings, price, progress)
     if groups is not None:
         sources = tuple(source.cluster(groups) for source in sources)
-    return _control(sources, settings, price, progress)
+    return _result(*_tested(sources, settings, progress), price)
 
 
-def _control(
-    sources: tuple[LossColumns, ...],
-    settings: Settings,
-    price: NDArray[np.float64] | None,
-    progress: Progress | None,
-) -> RiskControlResult:
+def _tested(
+    sources: tuple[LossColumns, ...], settings: Settings, progress: Progress | None
+) -> tuple[Examiner, Tested]:
+    """Run the procedure on the columns it asks for."""
     examiner = Examiner(sources, settings)
 
     def evaluate(column: int) -> float:
@@ -242,13 +240,19 @@ def _control(
             progress(column, log_p)
         return log_p
 
-    tested = settings.procedure.run(evaluate, n_columns=sources[0].n_columns, delta=settings.delta)
+    count = sources[0].n_columns
+    return examiner, settings.procedure.run(evaluate, n_columns=count, delta=settings.delta)
+
+
+def _result(
+    examiner: Examiner, tested: Tested, price: NDArray[np.float64] | None
+) -> RiskControlResult:
     index = tested.rejected[-1] if tested.rejected else None
     chosen = _cheapest(tested.rejected, price)
     wanted = tested.visited if examiner.by_bounds else tested.rejected[-1:]
     bounds = {j: _bounded(examiner, j, rejected=j in tested.rejected) for j in wanted}
     certificate = certificate_of(examiner, tested, bounds, price)
-    count = sources[0].n_columns
+    count = examiner.sources[0].n_columns
     certified = mask_of(tested.rejected, count)
     certified[0] = True
     visits = examiner.visits
@@ -290,16 +294,19 @@ def _control_per_group(
     if len({str(name) for name in names}) < len(names):
         raise InvalidArgumentError("groups", names, "labels that also differ as text")
     shared = dataclasses.replace(settings, delta=settings.delta / len(names))
-    parts = {
-        str(name): _control(
-            tuple(source.within(codes == g) for source in sources), shared, price, progress
-        )
-        for g, name in enumerate(names)
-    }
-    results = tuple(parts.values())
+    examined = [
+        _tested(tuple(source.within(codes == g) for source in sources), shared, progress)
+        for g in range(len(names))
+    ]
+    results = tuple(_result(*each, price) for each in examined)
+    parts = {str(name): part for name, part in zip(names, results, strict=True)}
     certified = np.logical_and.reduce([part.certified for part in results])
     indices = tuple(int(j) for j in np.flatnonzero(certified) if j > 0)
     index = indices[-1] if indices else None
+    bounds = np.max([part.bounds for part in results], axis=0)
+    if index is not None:  # a group may have gone on beyond it, and have its own bound there
+        each = [_bounded(examiner, index, rejected=True) for examiner, _ in examined]
+        bounds[index] = max(next(iter(bound.values())) for bound in each)
     worst = max(results, key=lambda part: -1 if part.index is None else -part.index)
     notes = (
         f"The promise holds jointly for each of the {len(names)} groups "
@@ -322,8 +329,8 @@ def _control_per_group(
         certified=certified,
         visited=tuple(sorted({j for part in results for j in part.visited})),
         log_p_values=np.max([part.log_p_values for part in results], axis=0),
-        bounds=np.max([part.bounds for part in results], axis=0),
-        levels=np.full(certified.size, shared.delta),
+        bounds=bounds,
+        levels=np.fmax.reduce([part.levels for part in results]),
         means=np.max([part.means for part in results], axis=0),
         certificate=certificate,
         groups=parts,

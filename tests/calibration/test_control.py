@@ -12,6 +12,7 @@ from adaptive.calibration import (
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedError,
+    binomial_upper_bound,
     control_risk,
     minimum_units,
     plan_units,
@@ -114,6 +115,11 @@ def test_per_group_holds_jointly():
     assert result.groups["de"].index == result.index == 2
     assert result.groups["de"].certificate.delta == pytest.approx(0.05)
     assert result.certificate.verify(losses, groups=groups)
+    halves = np.split(losses[:, 2], 2)
+    bounds = [float(binomial_upper_bound(half.sum(), 500, delta=0.05)) for half in halves]
+    assert result.bounds[2] == min(max(bounds), 0.05)  # at the column in use, which "en" went past
+    assert np.isnan(result.bounds[[0, 1, 3]]).all()
+    np.testing.assert_array_equal(result.levels, [np.nan, 0.05, 0.05, 0.05])
 
 
 def test_several_risks_need_every_test_to_pass():

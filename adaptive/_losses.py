@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from adaptive._run import Run
 from adaptive.calibration import InvalidArgumentError
 from adaptive.calibration._validation import check_positive
+from adaptive.policies import rouge_l_distance, token_f1_distance
 
 Tokens = Sequence[int]
 #: ``loss(early, full, reference)``; the reference is the unit's given continuation or ``None``.
@@ -33,10 +33,7 @@ def rouge_l_loss(early: Tokens, full: Tokens, reference: Tokens | None = None) -
     >>> rouge_l_loss([1, 2, 3, 4], [1, 3, 4, 5])
     0.25
     """
-    if not early or not full:
-        return float(bool(early) != bool(full))
-    common = _longest_common(early, full)
-    return 1.0 - 2.0 * common / (len(early) + len(full))
+    return rouge_l_distance(early, full)
 
 
 def token_f1_loss(early: Tokens, full: Tokens, reference: Tokens | None = None) -> float:
@@ -47,10 +44,7 @@ def token_f1_loss(early: Tokens, full: Tokens, reference: Tokens | None = None) 
     >>> token_f1_loss([1, 2, 2, 4], [2, 1, 5, 6])
     0.5
     """
-    if not early or not full:
-        return float(bool(early) != bool(full))
-    common = sum((Counter(early) & Counter(full)).values())
-    return 1.0 - 2.0 * common / (len(early) + len(full))
+    return token_f1_distance(early, full)
 
 
 def edit_loss(early: Tokens, full: Tokens, reference: Tokens | None = None) -> float:
@@ -172,13 +166,3 @@ def unit_loss(
         raise InvalidArgumentError("bound", None, "the largest value your loss can take")
     largest = check_positive("bound", bound)
     return UnitLoss(f"{getattr(loss, '__name__', 'user')} loss", False, largest, loss)
-
-
-def _longest_common(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common subsequence, one row at a time."""
-    target = np.asarray(b)
-    row = np.zeros(len(b) + 1, dtype=np.int64)
-    for token in a:
-        taken = np.where(target == token, row[:-1] + 1, 0)
-        row[1:] = np.maximum.accumulate(np.maximum(taken, row[1:]))
-    return int(row[-1])

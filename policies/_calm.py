@@ -57,6 +57,19 @@ def textual_consistency(
         Generated with and without early exits.
     distance : callable
         :func:`rouge_l_distance`, :func:`token_f1_distance` or your own, in [0, 1].
+
+    Returns
+    -------
+    ndarray of float64 [n_units]
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are not equally many texts.
+
+    References
+    ----------
+    .. [1] Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022.
     """
     if len(early) != len(full):
         raise InvalidArgumentError("early", f"{len(early)} texts", f"{len(full)}, as `full`")
@@ -71,6 +84,14 @@ def risk_consistency(early: ArrayLike, full: ArrayLike) -> NDArray[np.float64]:
     ----------
     early, full : array_like [n_units]
         Risk of each unit's text against a reference, on one scale.
+
+    Returns
+    -------
+    ndarray of float64 [n_units]
+
+    References
+    ----------
+    .. [1] Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022.
     """
     found: NDArray[np.float64] = np.maximum(
         0.0, np.asarray(early, dtype=np.float64) - np.asarray(full, dtype=np.float64)
@@ -106,11 +127,12 @@ def _f1(shared: int, first: int, second: int) -> float:
 
 
 def _common_subsequence(first: Text, second: Text) -> int:
-    row = [0] * (len(second) + 1)
-    for item in first:
-        before = row
-        row = [0]
-        for place, other in enumerate(second):
-            longest = before[place] + 1 if item == other else max(row[-1], before[place + 1])
-            row.append(longest)
-    return row[-1]
+    """Length of the longest common subsequence, one row of its table at a time."""
+    codes: dict[Hashable, int] = {}
+    numbered = [[codes.setdefault(item, len(codes)) for item in text] for text in (first, second)]
+    target = np.asarray(numbered[1], dtype=np.int64)
+    row = np.zeros(target.size + 1, dtype=np.int64)
+    for code in numbered[0]:
+        taken = np.where(target == code, row[:-1] + 1, 0)
+        row[1:] = np.maximum.accumulate(np.maximum(taken, row[1:]))
+    return int(row[-1])

@@ -36,6 +36,8 @@ from adaptive.policies import Mode, Policy
 
 #: Longest functions used, in lines: prompts stay short enough for a demonstration.
 _LONGEST = 16
+#: Prompts decoded together.
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,15 @@ def run_demo(
     """Calibrate in both modes, measure on fresh prompts, print a table, a text and a plot."""
     started = time.perf_counter()
     model, tokenizer = load_model()
-    prompts = [
-        prompt.text
-        for prompt in held_out_functions(
-            units + fresh, rng=np.random.default_rng(rng), maximum_lines=_LONGEST
-        )
-    ]
-    if len(prompts) < units + fresh:
-        raise InvalidArgumentError(
-            "units", units + fresh, f"at most {len(prompts)} functions in all"
-        )
+    prompts = _prompts(units + fresh, rng)
     console.print(
         f"Model: {model.config.num_hidden_layers} layers, exits after "
-        f"{require_exits(model).layers}; "
-        f"{units} prompts to calibrate on, {fresh} fresh ones to check, {new_tokens} new "
-        "tokens each."
+        f"{require_exits(model).layers}; {units} prompts to calibrate on, {fresh} fresh ones to "
+        f"check, {new_tokens} new tokens each."
     )
-    reading = {"model": model, "tokenizer": tokenizer}
-    later = read_units(prompts[units:], **reading)
+    later = read_units(prompts[units:], model=model, tokenizer=tokenizer)
     deployment = Deployment(
-        new_tokens=new_tokens, batch_size=16, generation={"do_sample": False}, seed=rng
+        new_tokens=new_tokens, batch_size=_BATCH, generation={"do_sample": False}, seed=rng
     )
     outcomes = []
     for mode in ("exact", "propagate"):
@@ -101,7 +92,7 @@ def run_demo(
             mode=mode,
             pool=POOL,
             new_tokens=new_tokens,
-            batch_size=16,
+            batch_size=_BATCH,
             members=6,
             tokenizer=tokenizer,
             rng=rng,
@@ -124,6 +115,16 @@ def run_demo(
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
 
 
+def _prompts(count: int, rng: int) -> list[str]:
+    """Draw prompts from the pool that neither the shipped model nor its exits were trained on."""
+    pool = held_out_functions(rng=np.random.default_rng(rng), maximum_lines=_LONGEST)
+    if count > len(pool):
+        raise InvalidArgumentError(
+            "units", count, f"at most {len(pool)} together with `fresh`, the functions there are"
+        )
+    return [prompt.text for prompt in pool[:count]]
+
+
 def _measured(
     model: PreTrainedModel, fresh: Units, policy: Policy, deployment: Deployment, progress: bool
 ) -> _Outcome:
@@ -132,10 +133,9 @@ def _measured(
         model, fresh, policy, deployment=deployment, progress=progress, description="fresh prompts"
     )
     losses = np.array([run.disagreement for run in runs])
-    exits = require_exits(model)
-    depth = mean_run_depth(runs, exits.layers, len(layers_of(model)))
+    exits, layers = require_exits(model), len(layers_of(model))
+    depth = mean_run_depth(runs, exits.layers, layers)
     layer, head = layer_and_head_seconds(model)
-    layers = len(layers_of(model))
     certificate = policy.certificate
     assert certificate is not None
     bound = certificate.evidence.get("upper_bound", {}).get(certificate.loss)

@@ -38,13 +38,13 @@ class Module:
 
     Parameters
     ----------
-    name
+    name : str
         Dotted name below the library's root, such as ``"asyncio.base_events"``.
-    path
+    path : Path
         The file.
-    held_out
+    held_out : bool
         Whether the module is kept away from training.
-    is_test
+    is_test : bool
         Whether the file belongs to a test suite (``test``, or ``tests`` inside a package).
     """
 
@@ -65,11 +65,11 @@ class FunctionPrompt:
 
     Parameters
     ----------
-    text
+    text : str
         Signature, docstring and about half of the lines, without the last line end.
-    module
+    module : str
         Dotted name of the module: the cluster this unit belongs to.
-    qualname
+    qualname : str
         Name of the function inside the module, with the classes around it.
     """
 
@@ -122,7 +122,7 @@ def stdlib_modules(root: Path | None = None) -> list[Module]:
 
     Parameters
     ----------
-    root
+    root : Path, optional
         Folder of the library; the running interpreter's by default.
 
     Returns
@@ -142,9 +142,9 @@ def training_texts(modules: Sequence[Module], *, tests: bool) -> list[str]:
 
     Parameters
     ----------
-    modules
+    modules : sequence of Module
         The corpus, as `stdlib_modules` gives it.
-    tests
+    tests : bool
         Whether files of test suites are read as well.
     """
     chosen = (m for m in modules if not m.held_out and (tests or not m.is_test))
@@ -167,13 +167,13 @@ def held_out_functions(
 
     Parameters
     ----------
-    n
+    n : int, optional
         Number of prompts; the whole pool by default.
-    rng
+    rng : Generator
         Draws the order.
-    minimum_lines, maximum_lines
+    minimum_lines, maximum_lines : int
         Size of the functions, in lines of source, signature included.
-    root
+    root : Path, optional
         Folder of the library; the running interpreter's by default.
 
     Returns
@@ -190,9 +190,7 @@ def held_out_functions(
     Functions of one module share an author and a subject. They are independent units only as random
     draws from this named pool; for a promise about new modules, group by `FunctionPrompt.module`.
     """
-    if not 4 <= minimum_lines <= maximum_lines:
-        raise InvalidArgumentError("minimum_lines", minimum_lines, "in [4, maximum_lines]")
-    return _drawn(n, rng, _pool(root, minimum_lines, maximum_lines, True))
+    return _drawn(n, rng, _pool(root, minimum_lines, maximum_lines, held_out=True))
 
 
 def training_functions(
@@ -207,9 +205,7 @@ def training_functions(
 
     They shaped the shipped model and its exits and are never fit for a test.
     """
-    if not 4 <= minimum_lines <= maximum_lines:
-        raise InvalidArgumentError("minimum_lines", minimum_lines, "in [4, maximum_lines]")
-    return _drawn(n, rng, _pool(root, minimum_lines, maximum_lines, False))
+    return _drawn(n, rng, _pool(root, minimum_lines, maximum_lines, held_out=False))
 
 
 def _drawn(
@@ -227,11 +223,11 @@ def prose_prompts(n: int, *, rng: np.random.Generator, words: int = 60) -> list[
 
     Parameters
     ----------
-    n
+    n : int
         Number of pieces.
-    rng
+    rng : Generator
         Draws the pieces, without repeats.
-    words
+    words : int
         Least number of words in a piece; it ends with a paragraph.
     """
     from pydoc_data.topics import topics
@@ -255,8 +251,11 @@ def _files(base: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=4)
 def _pool(
-    root: Path | None, minimum: int, maximum: int, held_out: bool
+    root: Path | None, minimum: int, maximum: int, *, held_out: bool
 ) -> tuple[FunctionPrompt, ...]:
+    """Functions of so many lines of one side's modules, identical prompts once."""
+    if not 4 <= minimum <= maximum:
+        raise InvalidArgumentError("minimum_lines", minimum, f"in 4..{maximum}, `maximum_lines`")
     pool: dict[str, FunctionPrompt] = {}
     for module in stdlib_modules(root):
         if module.held_out == held_out and not module.is_test:

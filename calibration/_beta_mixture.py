@@ -352,7 +352,7 @@ def maximise_beta_mixture(
 
 def clipped_unit_interval(name: str, values: ArrayLike) -> Array:
     """`values` moved into [1e-4, 1 - 1e-4], after a check that they lie in [0, 1]."""
-    x = as_floats("values", values)
+    x = as_floats(name, values)
     if not ((x >= 0.0) & (x <= 1.0)).all():
         raise InvalidArgumentError(name, values, "in [0, 1]")
     return np.clip(x, CLIP, 1.0 - CLIP)

@@ -12,6 +12,7 @@ from scipy import special
 
 from adaptive.calibration._errors import InvalidArgumentError
 from adaptive.calibration._validation import (
+    check_active,
     check_count,
     check_number,
     check_positive,
@@ -297,9 +298,9 @@ def _values(
     values: ArrayLike, active: ArrayLike | None, shape: tuple[int, ...], low: float, high: float
 ) -> tuple[Array, NDArray[np.bool_]]:
     x = np.asarray(values, dtype=np.float64)
-    on = np.ones(x.shape, bool) if active is None else np.asarray(active, dtype=bool)
-    if x.shape != shape or on.shape != shape:
-        raise InvalidArgumentError("values", f"shape {x.shape}", f"{shape}")
+    on = check_active(active, shape)
+    if x.shape != shape:
+        raise InvalidArgumentError("values", f"shape {x.shape}", f"of shape {shape}")
     if not ((x[on] >= low) & (x[on] <= high)).all():
         raise InvalidArgumentError("values", values, f"in [{low:g}, {high:g}]")
     return x, on

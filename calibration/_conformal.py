@@ -131,10 +131,10 @@ def conformal_risk_control(
     require_at_most("losses", table, upper)
     used = np.maximum.accumulate(table, axis=1)
     if not monotonise and (used > table).any():
-        unit, column = np.argwhere(used > table)[0]
+        row, column = np.argwhere(used > table)[0]
         raise InvalidArgumentError(
             "losses",
-            f"a decrease at unit {unit}, column {column}",
+            f"a decrease at unit {row}, column {column}",
             "never decreasing along the columns of a unit (or pass `monotonise=True`, or use "
             "`control_risk`, which needs no monotone losses)",
         )

@@ -17,7 +17,18 @@ ENUMERATED = (4, 8, 12)
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was asked, what was found, the limit, and whether it holds."""
+    """One check: what was asked, what was found, the limit, and whether it holds.
+
+    Parameters
+    ----------
+    check : str
+        What was asked.
+    passed : bool
+    found, limit : float
+        What was found, and the largest that passes.
+    detail : str
+        What the figures are, where the check does not say so.
+    """
 
     check: str
     passed: bool

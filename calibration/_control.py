@@ -24,9 +24,9 @@ from adaptive.calibration._validation import (
     check_flag,
     check_probability,
     check_word,
+    column_costs,
     group_codes,
     label_array,
-    numeric,
 )
 
 Progress = Callable[[int, float], None]
@@ -218,7 +218,7 @@ def control_risk(
         order_seed=order_seed,
         unit="cluster" if groups is not None and not per_group else unit,
     )
-    price = _costs(costs, sources[0].n_columns)
+    price = None if costs is None else column_costs(costs, sources[0].n_columns)
     if check_flag("per_group", per_group):
         if groups is None:
             raise InvalidArgumentError("groups", None, "given with `per_group`")
@@ -335,15 +335,6 @@ def _control_per_group(
         certificate=certificate,
         groups=parts,
     )
-
-
-def _costs(costs: ArrayLike | None, count: int) -> NDArray[np.float64] | None:
-    if costs is None:
-        return None
-    price = numeric("costs", costs).astype(np.float64)
-    if price.shape != (count,) or not np.isfinite(price).all():
-        raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
-    return price
 
 
 def _cheapest(rejected: Sequence[int], price: NDArray[np.float64] | None) -> int | None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import as_floats, check_count, check_number
+from adaptive.calibration._validation import as_floats, check_active, check_count, check_number
 
 Array = NDArray[np.float64]
 BETS = (0.25, 0.5, 0.75, 0.95)
@@ -111,12 +111,12 @@ class MeanEProcess:
         Raises
         ------
         InvalidArgumentError
-            If a value is NaN, infinite or above the bound.
+            If a value is NaN, infinite or above the bound, or a shape is wrong.
         """
         x = as_floats("values", values)
-        on = np.ones(x.shape, bool) if active is None else np.asarray(active, dtype=bool)
-        if x.shape != state.units.shape or on.shape != x.shape:
-            raise InvalidArgumentError("values", f"shape {x.shape}", f"{state.units.shape}")
+        on = check_active(active, state.units.shape)
+        if x.shape != on.shape:
+            raise InvalidArgumentError("values", f"shape {x.shape}", f"of shape {on.shape}")
         self._check(x[on])
         bets = np.asarray(self.bets) / (self.bound - self.level)
         gain = np.where(on, x - self.level, 0.0)

@@ -23,7 +23,7 @@ from adaptive.calibration._validation import (
     as_floats,
     as_generator,
     check_probability,
-    numeric,
+    column_costs,
 )
 
 Array = NDArray[np.float64]
@@ -159,9 +159,7 @@ def control_risk_split(
     if groups_of(sources) is not None:
         raise InvalidArgumentError("losses", "a trace with groups", "of units without groups")
     count = sources[0].n_columns
-    price = numeric("costs", costs).astype(np.float64)
-    if price.shape != (count,) or not np.isfinite(price).all():
-        raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
+    price = column_costs(costs, count)
     generator = as_generator(rng)
     tables = [
         np.column_stack([s.column(j) for j in range(1, count)]).astype(np.float64) for s in sources

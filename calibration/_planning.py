@@ -70,7 +70,6 @@ def minimum_units(
     scaled = level / upper
     if choose_test(method, loss_type=loss_type, n_units=1, fixed_level=True).asymptotic:
         raise UnsupportedError("an asymptotic test has no least number of units")
-
     return _minimum(scaled, delta, method, loss_type)
 
 
@@ -157,7 +156,7 @@ def plan_units(
         share = _simulated_power(test, level / upper, delta, truth / upper, n, replicates, seed)
         return share >= power
 
-    return _search(enough, least)
+    return _search(enough, least, power=power)
 
 
 def _plan_exact(risk: float, delta: float, truth: float, power: float, least: int) -> int:
@@ -193,11 +192,12 @@ def _simulated_power(
     return passed / replicates
 
 
-def _search(enough: Callable[[int], bool], least: int) -> int:
+def _search(enough: Callable[[int], bool], least: int, *, power: float) -> int:
+    """Return about the fewest units that are enough, by doubling and then halving."""
     low = high = least
     while not enough(high):
         if high > _LARGEST:
-            raise InvalidArgumentError("power", high, f"reachable with {_LARGEST} units")
+            raise InvalidArgumentError("power", power, f"reachable with {_LARGEST} units")
         low, high = high, 2 * high
     while high - low > max(1, low // 50):
         middle = (low + high) // 2

@@ -47,7 +47,13 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Platt:
-    """``1 / (1 + exp(-(slope * score + intercept)))``."""
+    """``1 / (1 + exp(-(slope * score + intercept)))``.
+
+    Parameters
+    ----------
+    slope, intercept : float
+        From `fit_platt`.
+    """
 
     slope: float
     intercept: float
@@ -61,6 +67,11 @@ class Platt:
 @dataclass(frozen=True)
 class BetaCalibration:
     """``logit(p) = a ln(s) - b ln(1 - s) + c`` for scores s in [0, 1]; identity at (1, 1, 0).
+
+    Parameters
+    ----------
+    a, b, c : float
+        From `fit_beta_calibration`; non-decreasing where a and b are not negative.
 
     References
     ----------
@@ -187,11 +198,9 @@ def fit_platt(scores: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None
     doi:10.1007/s10994-007-5018-6.
     """
     s, y, w = _checked(scores, labels, weights)
-    ones, zeros = float(w @ y), float(w @ (1.0 - y))
-    target = np.where(y == 1.0, (ones + 1.0) / (ones + 2.0), 1.0 / (zeros + 2.0))
     centre, scale = float(s.mean()), float(s.std()) or 1.0
     design = np.stack([(s - centre) / scale, np.ones_like(s)], axis=1)
-    slope, intercept = _logistic(design, target, w, [(None, None)] * 2)
+    slope, intercept = _logistic(design, _smoothed(y, w), w, [(None, None)] * 2)
     return Platt(slope / scale, intercept - slope * centre / scale)
 
 
@@ -207,15 +216,17 @@ def fit_beta_calibration(
     labels, weights
         As in `fit_platt`; the same smoothed targets are used.
 
+    Returns
+    -------
+    BetaCalibration
+
     References
     ----------
     Kull, Silva Filho and Flach (2017), Beta calibration, AISTATS, PMLR 54:623-631.
     """
     s, y, w = _checked(clipped_unit_interval("scores", scores), labels, weights)
-    ones, zeros = float(w @ y), float(w @ (1.0 - y))
-    target = np.where(y == 1.0, (ones + 1.0) / (ones + 2.0), 1.0 / (zeros + 2.0))
     design = np.stack([np.log(s), -np.log1p(-s), np.ones_like(s)], axis=1)
-    a, b, c = _logistic(design, target, w, [(0.0, None), (0.0, None), (None, None)])
+    a, b, c = _logistic(design, _smoothed(y, w), w, [(0.0, None), (0.0, None), (None, None)])
     return BetaCalibration(a, b, c)
 
 
@@ -225,6 +236,11 @@ def fit_isotonic(
     """Isotonic regression of labels on scores (scikit-learn's pool-adjacent-violators).
 
     Parameters as in `fit_platt`.
+
+    Returns
+    -------
+    Isotonic
+        Constant beyond the smallest and the largest score seen.
 
     References
     ----------
@@ -248,6 +264,10 @@ def fit_histogram(scores: ArrayLike, labels: ArrayLike, *, n_bins: int = 10) -> 
     n_bins : int
         At most so many: ties never straddle two bins, so there may be fewer.
 
+    Returns
+    -------
+    Histogram
+
     References
     ----------
     Zadrozny and Elkan (2001), Obtaining calibrated probability estimates, ICML.
@@ -266,6 +286,12 @@ def equal_mass_edges(values: Array, n_bins: int) -> Array:
     ordered = np.sort(values)
     cuts = ordered[np.arange(1, n_bins) * values.size // n_bins]
     return np.unique(cuts[cuts > ordered[0]])
+
+
+def _smoothed(labels: Array, weights: Array) -> Array:
+    """Platt's targets, a little inside 0 and 1: separated labels have a finite map too."""
+    ones, zeros = float(weights @ labels), float(weights @ (1.0 - labels))
+    return np.where(labels == 1.0, (ones + 1.0) / (ones + 2.0), 1.0 / (zeros + 2.0))
 
 
 def _logistic(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptive.calibration._errors import InvalidArgumentError
-from adaptive.calibration._validation import check_count, check_probability
+from adaptive.calibration._validation import check_active, check_count, check_probability
 
 Array = NDArray[np.float64]
 
@@ -226,9 +226,9 @@ def _advance(
     active: ArrayLike | None,
 ) -> SPRTState:
     x = np.asarray(outcomes)
-    on = np.ones(x.shape, bool) if active is None else np.asarray(active, dtype=bool)
-    if x.shape != state.units.shape or on.shape != x.shape:
-        raise InvalidArgumentError("outcomes", f"shape {x.shape}", f"{state.units.shape}")
+    on = check_active(active, state.units.shape)
+    if x.shape != on.shape:
+        raise InvalidArgumentError("outcomes", f"shape {x.shape}", f"of shape {on.shape}")
     if not np.isin(x[on], (0, 1)).all():
         raise InvalidArgumentError("outcomes", outcomes, "0 or 1")
     on = on & (state.decision == 0)

@@ -117,8 +117,9 @@ class BurstyStream(AbstractStream):
     def __post_init__(self) -> None:
         _check_means(self)
         check_count("length", self.length)
-        if max(self.before, self.after) >= 0.2:
-            raise InvalidArgumentError("after", self.after, "below 0.2, as is `before`")
+        for name in ("before", "after"):
+            if getattr(self, name) >= 0.2:
+                raise InvalidArgumentError(name, getattr(self, name), "below 0.2")
 
     def draw(self, units: int, change: int, *, streams: int = 1, rng: Rng = None) -> Array:
         """See `AbstractStream.draw`."""
@@ -168,8 +169,10 @@ def simulate_fold(
         :math:`\sigma`.
     substeps : int
         Euler steps per sample.
-    streams, rng
-        Paths, seed.
+    streams : int
+        Paths.
+    rng : int, Generator or None
+        Seed.
 
     Returns
     -------
@@ -213,9 +216,15 @@ def simulate_ou(
 
     Parameters
     ----------
+    units : int
+        Samples, one per unit of time.
     rate, noise, mean : float
         :math:`\kappa`, :math:`\sigma` and the mean: standard deviation
         :math:`\sigma/\sqrt{2\kappa}`, autocorrelation :math:`e^{-\kappa}`.
+    streams : int
+        Paths.
+    rng : int, Generator or None
+        Seed.
 
     Returns
     -------

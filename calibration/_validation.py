@@ -42,6 +42,16 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_active(active: ArrayLike | None, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return which streams have a new value, as booleans of `shape`; all, if left out."""
+    if active is None:
+        return np.ones(shape, dtype=bool)
+    on = np.asarray(active, dtype=bool)
+    if on.shape != shape:
+        raise InvalidArgumentError("active", f"shape {on.shape}", f"of shape {shape}")
+    return on
+
+
 def check_count(name: str, value: object, *, least: int = 1) -> int:
     """Return `value` as an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral | np.integer):
@@ -98,6 +108,18 @@ def float_matrix(name: str, value: ArrayLike) -> NDArray[np.float64]:
         raise InvalidArgumentError(name, f"shape {array.shape}", "[n_units, n_columns]")
     require_finite(name, array)
     return array
+
+
+def column_costs(costs: ArrayLike, count: int) -> NDArray[np.float64]:
+    """Return costs, one per column, as finite float64 [count]."""
+    price = numeric("costs", costs).astype(np.float64)
+    if price.shape != (count,):
+        raise InvalidArgumentError("costs", f"shape {price.shape}", f"finite, of shape ({count},)")
+    wrong = ~np.isfinite(price)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        raise InvalidArgumentError("costs", f"{price[place]} at column {place}", "finite")
+    return price
 
 
 def require_finite(name: str, array: NDArray[np.float64], *, first_column: int = 0) -> None:

@@ -67,7 +67,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """All findings about one method."""
+    """All findings about one method.
+
+    Parameters
+    ----------
+    name : str
+    findings : tuple of Finding
+    """
 
     name: str
     findings: tuple[Finding, ...]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from adaptive import InvalidArgumentError
 from adaptive._demo import run_demo
 from adaptive.examples import SHIPPED
 from adaptive.policies import Policy
@@ -18,6 +19,21 @@ pytestmark = [
         not (SHIPPED / "exits.safetensors").is_file(), reason="installed without the shipped model"
     ),
 ]
+
+
+def test_more_prompts_than_there_are_is_said_of_the_option() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"`units` must be at most .*, got 1000012"):
+        run_demo(
+            risk=0.2,
+            delta=0.2,
+            units=1_000_000,
+            fresh=12,
+            new_tokens=8,
+            out=Path("never"),
+            rng=0,
+            progress=False,
+            console=Console(file=StringIO()),
+        )
 
 
 def test_the_demo_keeps_its_promise_and_writes_what_it_says(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from adaptive.calibration import (
     minimum_units,
     plan_units,
 )
+from adaptive.calibration._planning import _search
 
 
 def bernoulli(n=500, rates=(0.0, 0.01, 0.02, 0.2, 0.01), seed=1):
@@ -248,6 +249,11 @@ def test_minimum_units_is_where_zero_loss_begins_to_pass(method):
     for n, passes in ((least - 1, False), (least, True)):
         result = control_risk(np.zeros((n, 2)), risk=0.05, delta=0.05, method=method)
         assert (result.index == 1) is passes
+
+
+def test_a_power_out_of_reach_is_named_with_its_value():
+    with pytest.raises(InvalidArgumentError, match=r"`power` must be reachable .*, got 0\.9"):
+        _search(lambda n: False, 10_000_001, power=0.9)
 
 
 def test_plan_units_against_a_known_answer():

@@ -164,6 +164,12 @@ def test_streams_have_their_means_and_are_functions_of_their_seed(stream):
         stream.draw(10, -1)
 
 
+def test_bursts_name_the_mean_that_is_too_large():
+    for means, name in (((0.3, 0.1), "before"), ((0.1, 0.3), "after")):
+        with pytest.raises(ValueError, match=f"`{name}` must be below 0.2, got 0.3"):
+            BurstyStream(means[0], after=means[1])
+
+
 def test_bursts_come_in_their_length_and_with_their_levels():
     losses, levels = BurstyStream(0.05, after=0.05).draw_with_levels(4000, 4000, streams=50, rng=6)
     hard = levels > 0.1

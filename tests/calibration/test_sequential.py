@@ -122,6 +122,20 @@ def test_inactive_streams_stand_still_and_bad_values_are_refused():
         MeanEProcess(level=1.0)
 
 
+def test_flags_of_a_wrong_shape_are_named_themselves():
+    tests = (
+        (MeanEProcess(level=0.1), [0.0, 0.0]),
+        (SPRT(null=0.1, alternative=0.3, alpha=0.1, beta=0.1), [0, 0]),
+        (EmpiricalBernsteinSequence(delta=0.1), [0.0, 0.0]),
+        (BettingSequence(delta=0.1), [0.0, 0.0]),
+    )
+    for test, values in tests:
+        with pytest.raises(InvalidArgumentError, match=r"`active` must be of shape \(2,\)"):
+            test.update(test.init(2), values, active=[True])
+        with pytest.raises(InvalidArgumentError, match=r"` must be of shape \(2,\), got shape"):
+            test.update(test.init(2), values[:1])
+
+
 def test_e_value_arithmetic():
     logs = np.array([[math.log(4.0), -math.inf], [math.log(2.0), math.log(8.0)]])
     np.testing.assert_allclose(np.exp(multiply_e(logs)), [8.0, 0.0])

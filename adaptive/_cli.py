@@ -116,13 +116,11 @@ def calibrate(
         err=True,
     )
     from adaptive._calibrate import calibrate as certify
-    from adaptive._exits import attach_exits, get_exits
+    from adaptive._exits import get_exits
     from adaptive.policies import Policy
 
     family = None if policy is None else Policy.from_pretrained(policy)
-    loaded, tokenizer = _load(model)
-    if policy is not None and (policy / "exits.json").is_file():
-        attach_exits(loaded, policy)
+    loaded, tokenizer = _load(model, exits=policy)
     had_exits = get_exits(loaded) is not None
     certified = certify(
         loaded,
@@ -160,21 +158,15 @@ def generate(
 ) -> None:
     """Generate text under a saved policy."""
     check_count("new_tokens", new_tokens)
-    from adaptive._exits import attach_exits
     from adaptive._generate import generate as decode
     from adaptive._output import AdaptiveOutput
     from adaptive.policies import Policy
 
     saved = Policy.from_pretrained(policy)
-    loaded, tokenizer = _load(model)
-    if (policy / "exits.json").is_file():
-        attach_exits(loaded, policy)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
-        raise InvalidArgumentError("prompt", prompt, "a text of at least one token")
+    loaded, tokenizer = _load(model, exits=policy)
     output = decode(
         loaded,
-        **inputs,
+        **_encoded(tokenizer, prompt),
         policy=saved,
         certified=not uncertified,
         tokenizer=tokenizer,
@@ -253,23 +245,17 @@ def _examples(
 ) -> list[TokenDepthDisplay]:
     """Generate as the certificate says, or 64 tokens where it does not say."""
     from adaptive._display_depth import TokenDepthDisplay
-    from adaptive._exits import attach_exits
     from adaptive._generate import generate as decode
     from adaptive._output import AdaptiveOutput
 
-    loaded, tokenizer = _load(name)
-    if (folder / "exits.json").is_file():
-        attach_exits(loaded, folder)
+    loaded, tokenizer = _load(name, exits=folder)
     certificate = policy.certificate
     decoding = {} if certificate is None else certificate.decoding
     found = []
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        if inputs["input_ids"].shape[1] == 0:
-            raise InvalidArgumentError("prompt", prompt, "a text of at least one token")
         output = decode(
             loaded,
-            **inputs,
+            **_encoded(tokenizer, prompt),
             policy=policy,
             certified=False,
             max_new_tokens=int(decoding.get("max_new_tokens", 64)),
@@ -323,8 +309,8 @@ def _import(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer as any Hugging Face model is loaded."""
+def _load(name: str, *, exits: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer as any Hugging Face model is, and exits from a folder with some."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -336,7 +322,19 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise InvalidArgumentError(
             "model", name, f"a causal language model that can be loaded ({reason})"
         ) from error
+    if exits is not None and (exits / "exits.json").is_file():
+        from adaptive._exits import attach_exits
+
+        attach_exits(model, exits)
     return model.eval(), tokenizer
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Any]:
+    """Turn a prompt into model inputs of one row."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise InvalidArgumentError("prompt", prompt, "a text of at least one token")
+    return dict(inputs)
 
 
 def _check(risk: float, delta: float) -> None:

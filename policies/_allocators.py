@@ -93,8 +93,20 @@ def exponential_weights(
 def linear_programme(risks: ArrayLike, costs: ArrayLike, budget: float) -> Array:
     """Rates of least mean risk under the budget: at most two stages get any traffic.
 
-    Parameters, errors
-        As :func:`exponential_weights`, whose limit at temperature 0 this is.
+    Parameters
+    ----------
+    risks, costs, budget
+        As for :func:`exponential_weights`, whose limit at temperature 0 this is.
+
+    Returns
+    -------
+    ndarray [n_stages]
+        Rates, non-negative, summing to 1.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no rates meet the budget; the message gives the feasible range.
 
     Examples
     --------
@@ -112,8 +124,26 @@ def linear_programme(risks: ArrayLike, costs: ArrayLike, budget: float) -> Array
 def geometric_allocation(risks: ArrayLike, costs: ArrayLike, budget: float) -> Array:
     """Rates ``p^l`` with the ratio ``p`` that spends the budget: MSDNet's budgeted batch.
 
-    Risks are not used. A budget that even the most expensive stage alone does not exceed gives
-    all traffic to it.
+    Parameters
+    ----------
+    risks, costs, budget
+        As for :func:`exponential_weights`; risks are not used.
+
+    Returns
+    -------
+    ndarray [n_stages]
+        Rates, non-negative, summing to 1. A budget that even the most expensive stage alone does
+        not exceed gives all traffic to it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no rates meet the budget; the message gives the feasible range.
+
+    References
+    ----------
+    .. [1] Huang et al., "Multi-scale dense networks for resource efficient image classification",
+       ICLR 2018.
     """
     _, cost = _checked(risks, costs, budget)
     if budget >= cost[-1]:
@@ -142,6 +172,21 @@ def geometric_rates(ratio: float, n_stages: int) -> Array:
 def two_stage_allocation(risks: ArrayLike, costs: ArrayLike, budget: float) -> Array:
     """Spend the budget with one early exit: ``(B - b_2) / (b_1 - b_2)`` of the traffic stops.
 
+    Parameters
+    ----------
+    risks, costs, budget
+        As for :func:`exponential_weights`, for two stages; risks are not used.
+
+    Returns
+    -------
+    ndarray [2]
+        Rates, non-negative, summing to 1.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are not two stages, or no rates meet the budget.
+
     Examples
     --------
     >>> two_stage_allocation([0.3, 0.0], [1.0, 4.0], 2.5).tolist()
@@ -149,7 +194,7 @@ def two_stage_allocation(risks: ArrayLike, costs: ArrayLike, budget: float) -> A
     """
     _, cost = _checked(risks, costs, budget)
     if cost.size != 2:
-        raise InvalidArgumentError("costs", costs, "two stages")
+        raise InvalidArgumentError("costs", costs, "those of two stages")
     early = min(max((budget - cost[1]) / (cost[0] - cost[1]), 0.0), 1.0)
     return np.array([early, 1.0 - early])
 

@@ -89,8 +89,7 @@ class SkipDecode(AbstractRule):
 
     def layers(self, position: Tensor) -> Tensor:
         """Layers to spend at each position, int64, non-increasing; needs a finite ``least``."""
-        share = (position.float() / (self.length - 1)).clamp(max=1.0)
-        return torch.ceil(self.most - (self.most - self.least) * share - 1e-4).to(torch.int64)
+        return self._wanted(position, self.least).to(torch.int64)
 
     def active_layers(self, position: int, *, n_layers: int, warmup: int) -> tuple[int, ...]:
         """Layers that the published system runs: the first ``warmup`` and the top ones."""
@@ -105,9 +104,7 @@ class SkipDecode(AbstractRule):
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Compare the exit's depth with the schedule."""
-        least = state["least"].clamp(max=float(self.most))
-        share = (features.position.float() / (self.length - 1)).clamp(max=1.0)
-        wanted = torch.ceil(self.most - (self.most - least) * share - 1e-4)
+        wanted = self._wanted(features.position, state["least"].clamp(max=float(self.most)))
         return (self.depths[features.stage] >= wanted) & (state["least"] < math.inf), state
 
     def with_knob(self, knob: float) -> Self:
@@ -119,6 +116,11 @@ class SkipDecode(AbstractRule):
         """Infinity, then final depths from ``most`` down to the first exit's."""
         last = range(self.most, min(self.depths[0], self.most) - 1, -1)
         return thinned((math.inf, *(float(depth) for depth in last)), size=size)
+
+    def _wanted(self, position: Tensor, least: float | Tensor) -> Tensor:
+        """Layers wanted at each position, whole numbers in float32, rounding errors not counted."""
+        share = (position.float() / (self.length - 1)).clamp(max=1.0)
+        return torch.ceil(self.most - (self.most - least) * share - 1e-4)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,15 @@ def unit_losses(
     trace : Trace
     loss : str
 
+    Returns
+    -------
+    ndarray of float64 [n_units]
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the trace has no such loss, or a stage is out of range.
+
     Examples
     --------
     >>> trace = Trace(

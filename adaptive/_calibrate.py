@@ -20,7 +20,7 @@ from adaptive._encoders import is_classifier
 from adaptive._evidence import Facts, count_units, data_fingerprint, test_of, too_few
 from adaptive._exits import Exits
 from adaptive._families import family_of
-from adaptive._inputs import read_units, tokenizer_of
+from adaptive._inputs import Units, read_units, tokenizer_of
 from adaptive._losses import LossName, Reduction, SequenceLoss, unit_loss
 from adaptive._runs import require_same_work
 from adaptive._settings import check_stages, fingerprints, tokenizer_fingerprints
@@ -29,6 +29,7 @@ from adaptive._stages import is_staged
 from adaptive._tier import Tier
 from adaptive._train import ExitTraining
 from adaptive._train_classifier import ClassifierTraining
+from adaptive._transfer import move
 from adaptive.calibration import (
     DeltaLedger,
     InvalidArgumentError,
@@ -233,7 +234,7 @@ def calibrate(
     needed = minimum_units(risk, delta, **test_of(measured, method))
     deployment = Deployment.of(generation, new_tokens=new_tokens, batch_size=batch_size, seed=rng)
     if device is not None:
-        _move(model, device)
+        move(model, device)
     units = read_units(dataset, model=model, tokenizer=tokenizer, column=column, groups=groups)
     settings = deployment.settings(model)
     require_same_work(model, units)
@@ -244,24 +245,10 @@ def calibrate(
         split, family, clustered=clustered, batch_size=batch_size
     )
     n_test = count_units(split.test)
-    _log.info(
-        "this promise (risk %g, delta %g) needs at least %d units; the test split has %d",
-        risk,
-        delta,
-        needed,
-        n_test,
-    )
+    said = "this promise (risk %g, delta %g) needs at least %d units; the test split has %d"
+    _log.info(said, risk, delta, needed, n_test)
     bench = Bench(model, split.exits, deployment, split, family, measured, tier, progress)
-    decides_together = {"batch_size": batch_size} if family.scope == "batch" else {}
-    facts = Facts(
-        fingerprints=fingerprints(model, split.exits)
-        | {"data": data_fingerprint(units)}
-        | _tokenizer_fingerprints(tokenizer, model),
-        decoding={"mode": family.mode} | settings | decides_together,
-        split=split.record(rng),
-        pool=pool,
-        unit=unit,
-    )
+    facts = _facts(bench, units, settings, unit=unit, pool=pool, tokenizer=tokenizer)
     if n_test < needed:
         why = too_few(n_test, needed, noun="prompts", per_unit=prompts_of_unit)
         return bench.nothing(facts, risk=risk, delta=delta, n=n_test, why=why)
@@ -302,14 +289,6 @@ def _check_mode(mode: Mode | None, policy: Policy | None) -> None:
         raise InvalidArgumentError("mode", mode, "'exact', 'propagate' or None")
 
 
-def _move(model: PreTrainedModel, device: torch.device | str) -> None:
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidArgumentError("device", device, f"a usable device ({reason})") from error
-
-
 def _family(policy: Policy | None, mode: Mode | None, exits: Exits) -> Policy:
     """Return the given family, or a threshold on every probe, in the mode and for these exits."""
     family = policy
@@ -342,6 +321,29 @@ def _split_by_unit(
         )
     batched = replace(split, test=in_batches(split.test, batch_size))
     return batched, f"batch of {batch_size} prompts drawn at random", batch_size
+
+
+def _facts(
+    bench: Bench,
+    units: Units,
+    settings: dict[str, Any],
+    *,
+    unit: str,
+    pool: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Facts:
+    """Say what the promise is about: model, exits, data, decoding, split and unit."""
+    together = bench.family.scope == "batch"
+    size = {"batch_size": bench.deployment.batch_size} if together else {}
+    return Facts(
+        fingerprints=fingerprints(bench.model, bench.exits)
+        | {"data": data_fingerprint(units)}
+        | _tokenizer_fingerprints(tokenizer, bench.model),
+        decoding={"mode": bench.family.mode} | settings | size,
+        split=bench.split.record(bench.deployment.seed),
+        pool=pool,
+        unit=unit,
+    )
 
 
 def _tokenizer_fingerprints(

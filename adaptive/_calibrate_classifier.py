@@ -29,6 +29,7 @@ from adaptive._examples import Examples, read_examples
 from adaptive._predict import stages_of
 from adaptive._stages import AbstractStages
 from adaptive._train_classifier import ClassifierTraining, train_classifier_exits
+from adaptive._transfer import move
 from adaptive.calibration import (
     DeltaLedger,
     InvalidArgumentError,
@@ -70,7 +71,7 @@ def calibrate_classifier(
     if device is not None:
         if not hasattr(model, "to"):
             raise InvalidArgumentError("device", device, "None: this model has no `to`")
-        model.to(device)
+        move(model, device)
     stages = stages_of(model, tokenizer=tokenizer)
     units = read_examples(dataset, stages=stages, column=column, groups=groups)
     if measured.needs_labels and units.labels is None:

@@ -436,6 +436,15 @@ def test_exits_are_trained_where_there_are_none() -> None:
 # -- what is refused ------------------------------------------------------------------------------
 
 
+def test_a_device_that_is_not_there_is_named(x: Tensor) -> None:
+    layer = torch.nn.Linear(3, 2)
+    layer.stages = planted  # type: ignore[assignment]
+    with pytest.raises(InvalidArgumentError, match=r"`device` must be a usable .*got 'warp'"):
+        run(x[:100], model=layer, device="warp")
+    with pytest.raises(InvalidArgumentError, match="no `to`"):
+        run(x[:100], device="cpu")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [

@@ -62,7 +62,7 @@ def decode_verified(job: Job) -> Record:
             known = step.logits if _all_deep(job, step) else None
             going, state = _confirm(job, record, speculation, drafts, state, known)
             if job.draft_length is not None:
-                _learn(job, record, drafts, deep=deep)
+                _learn(job, drafts, deep=deep)
             if drafts.wrong and isinstance(job.stack, ExactDeviceStack):
                 job.stack.recall(state)
             drafts, most = _Drafts(), _most(job)
@@ -77,7 +77,7 @@ def _most(job: Job) -> int:
     return job.max_pending if job.draft_length is None else job.draft_length.best()
 
 
-def _learn(job: Job, record: Record, drafts: _Drafts, *, deep: bool) -> None:
+def _learn(job: Job, drafts: _Drafts, *, deep: bool) -> None:
     """Tell how many drafts were accepted; a newest token that went to full depth was none."""
     assert job.draft_length is not None
     made = drafts.steps[: len(drafts.steps) - deep]

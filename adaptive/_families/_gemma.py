@@ -50,7 +50,7 @@ def _layer(module: Any, index: int, config: Any) -> Layer:
     )
 
 
-def _sandwiched(module: Any, config: Any, attention: Attention) -> Layer:
+def _sandwiched(module: Any, attention: Attention) -> Layer:
     return Layer(
         norm=_norm(module.input_layernorm),
         attention=attention,
@@ -68,7 +68,7 @@ def _layer2(module: Any, index: int, config: Any) -> Layer:
         window=window(config, index),
         softcap=config.attn_logit_softcapping,
     )
-    return _sandwiched(module, config, attention)
+    return _sandwiched(module, attention)
 
 
 def _layer3(module: Any, index: int, config: Any) -> Layer:
@@ -80,7 +80,7 @@ def _layer3(module: Any, index: int, config: Any) -> Layer:
         rope=config.layer_types[index],
         window=window(config, index),
     )
-    return _sandwiched(module, config, attention)
+    return _sandwiched(module, attention)
 
 
 def _refuse_bidirectional(config: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,19 +9,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaptive._encoders import encoder_layers
 from adaptive._exits import ExitsRecord, layer_counts
+from adaptive._exits_files import ExitsFiles
 from adaptive._fingerprint import lineage, related, tensors_fingerprint
-from adaptive.calibration import CertificateError, InvalidArgumentError
-from adaptive.policies._hub import located, pushed
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies._hub import pushed
 
-_CONFIG, _WEIGHTS = "classifier_exits.json", "classifier_exits.safetensors"
-_SCHEMA = 1
+_FILES = ExitsFiles(
+    "classifier_exits.json", "classifier_exits.safetensors", noun="classifier exits"
+)
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, ClassifierExits] = weakref.WeakKeyDictionary()
 
 
@@ -106,16 +105,8 @@ class ClassifierExits(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write JSON and safetensors into ``directory``, beside the model."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"schema": _SCHEMA, "layers": list(self.layers), "width": self.width}
-        config |= {"classes": self.classes, "record": asdict(self.record)}
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        text = (json.dumps(config, indent=2) + "\n").encode()
-        for name, content in ((_WEIGHTS, save(tensors)), (_CONFIG, text)):
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+        config = {"layers": list(self.layers), "width": self.width, "classes": self.classes}
+        _FILES.write(directory, config | {"record": asdict(self.record)}, self)
 
     def push_to_hub(
         self,
@@ -174,28 +165,13 @@ class ClassifierExits(nn.Module):
         CertificateError
             If there are none, or they are damaged or of an unknown schema.
         """
-        files = [_CONFIG, _WEIGHTS]
-        folder = located(directory, files, revision=revision, token=token, **download)
-        try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-            weights = load_file(folder / _WEIGHTS)
-        except FileNotFoundError as error:
-            raise CertificateError(
-                f"no classifier exits in {folder}: {_CONFIG} and {_WEIGHTS} are needed"
-            ) from error
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CertificateError(f"the exits in {folder} are not readable: {error}") from error
-        schema = config.get("schema") if isinstance(config, dict) else type(config).__name__
-        if schema != _SCHEMA:
-            raise CertificateError(f"exits schema {schema!r} is not readable by this version")
-        try:
-            raw = config["record"]
-            record = ExitsRecord(raw["model"], tuple(raw["units"]), raw["settings"])
-            exits = cls(config["layers"], config["width"], classes=config["classes"], record=record)
-            exits.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CertificateError(f"the exits in {folder} are damaged: {reason}") from error
+        return _FILES.read(directory, cls._built, revision=revision, token=token, **download)
+
+    @classmethod
+    def _built(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
+        record = ExitsRecord.from_dict(config["record"])
+        exits = cls(config["layers"], config["width"], classes=config["classes"], record=record)
+        exits.load_state_dict(weights)
         return exits
 
     @staticmethod
@@ -203,7 +179,7 @@ class ClassifierExits(nn.Module):
         """Return a model's exits: attached ones, or those saved where it was loaded from."""
         if model not in _attached:
             home = getattr(model.config, "_name_or_path", "")
-            if not home or not (Path(home) / _CONFIG).is_file():
+            if not _FILES.beside(home):
                 return None
             ClassifierExits.from_pretrained(home).attach(model)
         return _attached[model]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,26 +12,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaptive._exits_files import ExitsFiles
 from adaptive._families import Readout, layers_of
 from adaptive._fingerprint import lineage, related
 from adaptive.calibration import (
     AdaptiveError,
-    CertificateError,
     InvalidArgumentError,
     InvalidTypeError,
 )
 from adaptive.calibration._validation import check_count
 from adaptive.policies import Features
-from adaptive.policies._hub import located, pushed
+from adaptive.policies._hub import pushed
 
-_CONFIG = "exits.json"
-_WEIGHTS = "exits.safetensors"
-_SCHEMA = 1
+_FILES = ExitsFiles("exits.json", "exits.safetensors", noun="exits")
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, Exits] = weakref.WeakKeyDictionary()
 
 
@@ -53,6 +48,11 @@ class ExitsRecord:
     model: str
     units: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Rebuild from the fields as JSON gives them."""
+        return cls(model=raw["model"], units=tuple(raw["units"]), settings=raw["settings"])
 
 
 class Exits(nn.Module):
@@ -162,17 +162,8 @@ class Exits(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``exits.json`` and ``exits.safetensors`` into ``directory``, beside the model."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"schema": _SCHEMA, "layers": list(self.layers), "width": self.down.shape[-1]}
-        config |= {"rank": self.rank, "record": asdict(self.record)}
-        partial = folder / f".{_WEIGHTS}.partial"
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        partial.write_bytes(save(tensors))  # with the user's own file mode
-        partial.replace(folder / _WEIGHTS)
-        partial = folder / f".{_CONFIG}.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / _CONFIG)
+        config = {"layers": list(self.layers), "width": self.down.shape[-1], "rank": self.rank}
+        _FILES.write(directory, config | {"record": asdict(self.record)}, self)
 
     def push_to_hub(
         self,
@@ -237,31 +228,14 @@ class Exits(nn.Module):
         CertificateError
             If there are none, or they are damaged or of an unknown schema.
         """
-        files = [_CONFIG, _WEIGHTS]
-        folder = located(directory, files, revision=revision, token=token, **download)
-        try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-            weights = load_file(folder / _WEIGHTS)
-        except FileNotFoundError as error:
-            raise CertificateError(
-                f"no exits in {folder}: {_CONFIG} and {_WEIGHTS} are needed"
-            ) from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-            raise CertificateError(f"the exits in {folder} are not readable: {error}") from error
-        schema = config.get("schema") if isinstance(config, dict) else type(config).__name__
-        if schema != _SCHEMA:
-            raise CertificateError(f"exits schema {schema!r} is not readable by this version")
-        try:
-            raw = config["record"]
-            record = ExitsRecord(
-                model=raw["model"], units=tuple(raw["units"]), settings=raw["settings"]
-            )
-            exits = cls(config["layers"], config["width"], rank=config["rank"], record=record)
-            exits.kept = nn.Parameter(weights["kept"], requires_grad=False)
-            exits.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CertificateError(f"the exits in {folder} are damaged: {reason}") from error
+        return _FILES.read(directory, cls._built, revision=revision, token=token, **download)
+
+    @classmethod
+    def _built(cls, config: dict[str, Any], weights: dict[str, Tensor]) -> Self:
+        record = ExitsRecord.from_dict(config["record"])
+        exits = cls(config["layers"], config["width"], rank=config["rank"], record=record)
+        exits.kept = nn.Parameter(weights["kept"], requires_grad=False)
+        exits.load_state_dict(weights)
         return exits
 
 
@@ -348,7 +322,7 @@ def get_exits(model: PreTrainedModel) -> Exits | None:
     """Return a model's exits: attached ones, or those saved in the directory it was loaded from."""
     if model not in _attached:
         home = getattr(model.config, "_name_or_path", "")
-        if not home or not (Path(home) / _CONFIG).is_file():
+        if not _FILES.beside(home):
             return None
         attach_exits(model, Path(home))
     return _attached[model]

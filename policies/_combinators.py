@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from adaptive.calibration import InvalidArgumentError, Trace
-from adaptive.policies._base import AbstractRule, Features, Scope, State, named, part
+from adaptive.calibration import InvalidArgumentError
+from adaptive.policies._base import AbstractRule, Features, State
+from adaptive.policies._over_rules import AbstractOverRules
 from adaptive.policies._statistic import AbstractStatisticRule, check_knob
 
 
 @dataclass(frozen=True)
-class AllOf(AbstractRule):
+class AllOf(AbstractOverRules):
     """Stop where every rule says so.
 
     SpecExit (three signals at once) and LGViT's "patient and confident" are of this kind.
@@ -39,44 +40,22 @@ class AllOf(AbstractRule):
         _check_rules(self.rules)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What any of the rules reads."""
-        return _needs(self.rules)
-
-    @property
-    def nested(self) -> bool:  # type: ignore[override]
-        """As the first rule: the others do not move."""
-        return self.rules[0].nested
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        """Batch if any rule's is."""
-        return _scope(self.rules)
-
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        """States of the rules, by their place."""
-        return _start(self.rules, self.armed, batch_size, device)
+    def asked(self) -> tuple[AbstractRule, ...]:
+        """The rules."""
+        return self.rules
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Ask every rule, so that each keeps its memory."""
-        stops, state = _ask(self.rules, features, score, state)
+        stops, state = self.ask(features, score, state)
         return torch.stack(stops).all(dim=0) & state["armed"], state
-
-    def advance(self, state: State) -> State:
-        """Advance every rule."""
-        return _advance(self.rules, state)
 
     def with_knob(self, knob: float) -> Self:
         """Move the first rule; ``inf`` disarms the combination."""
         return _moved(self, self.rules, knob)
 
-    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
-        """Path of the first rule."""
-        return self.rules[0].knobs(trace, size=size)
-
 
 @dataclass(frozen=True)
-class AnyOf(AbstractRule):
+class AnyOf(AbstractOverRules):
     """Stop where at least one rule says so.
 
     Parameters
@@ -94,44 +73,22 @@ class AnyOf(AbstractRule):
         _check_rules(self.rules)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What any of the rules reads."""
-        return _needs(self.rules)
-
-    @property
-    def nested(self) -> bool:  # type: ignore[override]
-        """As the first rule: the others do not move."""
-        return self.rules[0].nested
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        """Batch if any rule's is."""
-        return _scope(self.rules)
-
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        """States of the rules, by their place."""
-        return _start(self.rules, self.armed, batch_size, device)
+    def asked(self) -> tuple[AbstractRule, ...]:
+        """The rules."""
+        return self.rules
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Ask every rule, so that each keeps its memory."""
-        stops, state = _ask(self.rules, features, score, state)
+        stops, state = self.ask(features, score, state)
         return torch.stack(stops).any(dim=0) & state["armed"], state
-
-    def advance(self, state: State) -> State:
-        """Advance every rule."""
-        return _advance(self.rules, state)
 
     def with_knob(self, knob: float) -> Self:
         """Move the first rule; ``inf`` disarms the combination."""
         return _moved(self, self.rules, knob)
 
-    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
-        """Path of the first rule."""
-        return self.rules[0].knobs(trace, size=size)
-
 
 @dataclass(frozen=True)
-class Veto(AbstractRule):
+class Veto(AbstractOverRules):
     """Stop where the first rule says so and the second does not object.
 
     Parameters
@@ -147,45 +104,23 @@ class Veto(AbstractRule):
             raise InvalidArgumentError("rules", self.rules, "a rule and an objection")
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What either rule reads."""
-        return _needs(self.rules)
-
-    @property
-    def nested(self) -> bool:  # type: ignore[override]
-        """As the first rule: the objection does not move."""
-        return self.rules[0].nested
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        """Batch if either rule's is."""
-        return _scope(self.rules)
-
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        """States of the rules, by their place."""
-        return _start(self.rules, True, batch_size, device)
+    def asked(self) -> tuple[AbstractRule, ...]:
+        """The rules."""
+        return self.rules
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Ask both rules, so that each keeps its memory."""
-        (stop, objection), state = _ask(self.rules, features, score, state)
+        (stop, objection), state = self.ask(features, score, state)
         return stop & ~objection, state
-
-    def advance(self, state: State) -> State:
-        """Advance both rules."""
-        return _advance(self.rules, state)
 
     def with_knob(self, knob: float) -> Self:
         """Move the first rule."""
         changes: dict[str, Any] = {"rules": (self.rules[0].with_knob(knob), self.rules[1])}
         return replace(self, **changes)
 
-    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
-        """Path of the first rule."""
-        return self.rules[0].knobs(trace, size=size)
-
 
 @dataclass(frozen=True)
-class Within(AbstractRule):
+class Within(AbstractOverRules):
     """Bounds on the stage: never before ``first``, always at ``last`` (a hard compute cap).
 
     Parameters
@@ -212,49 +147,27 @@ class Within(AbstractRule):
             raise InvalidArgumentError("last", self.last, f"at least `first` = {self.first}")
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """As the rule."""
-        return self.rule.needs
-
-    @property
-    def nested(self) -> bool:  # type: ignore[override]
-        """As the rule."""
-        return self.rule.nested
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        """As the rule."""
-        return self.rule.scope
-
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        """State of the rule."""
-        return _start((self.rule,), self.armed, batch_size, device)
+    def asked(self) -> tuple[AbstractRule, ...]:
+        """The rule."""
+        return (self.rule,)
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Ask the rule even where its word does not count, so that it keeps its memory."""
-        (stop,), state = _ask((self.rule,), features, score, state)
+        (stop,), state = self.ask(features, score, state)
         if features.stage < self.first:
             return torch.zeros_like(stop), state
         if features.stage >= self.last:
             return torch.ones_like(stop) & state["armed"], state
         return stop & state["armed"], state
 
-    def advance(self, state: State) -> State:
-        """Advance the rule."""
-        return _advance((self.rule,), state)
-
     def with_knob(self, knob: float) -> Self:
         """Move the rule; ``inf`` disarms the cap."""
         changes: dict[str, Any] = {"rule": self.rule.with_knob(knob), "armed": knob < math.inf}
         return replace(self, **changes)
 
-    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
-        """Path of the rule."""
-        return self.rule.knobs(trace, size=size)
-
 
 @dataclass(frozen=True)
-class Protected(AbstractRule):
+class Protected(AbstractOverRules):
     """No stop in protected stages or during the first tokens, whatever the rule says.
 
     Parameters
@@ -276,43 +189,21 @@ class Protected(AbstractRule):
             raise InvalidArgumentError("tokens", self.tokens, "an integer >= 0")
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """As the rule."""
-        return self.rule.needs
-
-    @property
-    def nested(self) -> bool:  # type: ignore[override]
-        """As the rule."""
-        return self.rule.nested
-
-    @property
-    def scope(self) -> Scope:  # type: ignore[override]
-        """As the rule."""
-        return self.rule.scope
-
-    def init(self, batch_size: int, *, device: torch.device) -> State:
-        """State of the rule."""
-        return _start((self.rule,), True, batch_size, device)
+    def asked(self) -> tuple[AbstractRule, ...]:
+        """The rule."""
+        return (self.rule,)
 
     def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
         """Ask the rule, then leave out what is protected."""
-        (stop,), state = _ask((self.rule,), features, score, state)
+        (stop,), state = self.ask(features, score, state)
         if features.stage in self.stages:
             return torch.zeros_like(stop), state
         return stop & (features.position >= self.tokens), state
-
-    def advance(self, state: State) -> State:
-        """Advance the rule."""
-        return _advance((self.rule,), state)
 
     def with_knob(self, knob: float) -> Self:
         """Move the rule."""
         changes: dict[str, Any] = {"rule": self.rule.with_knob(knob)}
         return replace(self, **changes)
-
-    def knobs(self, trace: Trace, *, size: int) -> tuple[float, ...]:
-        """Path of the rule."""
-        return self.rule.knobs(trace, size=size)
 
 
 @dataclass(frozen=True)
@@ -365,40 +256,6 @@ class TwoSided(AbstractStatisticRule):
 def _check_rules(rules: tuple[AbstractRule, ...]) -> None:
     if len(rules) < 2:
         raise InvalidArgumentError("rules", rules, "at least two rules")
-
-
-def _needs(rules: tuple[AbstractRule, ...]) -> frozenset[str]:
-    return frozenset().union(*(rule.needs for rule in rules))
-
-
-def _scope(rules: tuple[AbstractRule, ...]) -> Scope:
-    return "batch" if any(rule.scope == "batch" for rule in rules) else "row"
-
-
-def _start(
-    rules: tuple[AbstractRule, ...], armed: bool, batch_size: int, device: torch.device
-) -> State:
-    state = {"armed": torch.tensor(armed, device=device)}
-    for place, rule in enumerate(rules):
-        state |= named(rule.init(batch_size, device=device), str(place))
-    return state
-
-
-def _ask(
-    rules: tuple[AbstractRule, ...], features: Features, score: Tensor, state: State
-) -> tuple[list[Tensor], State]:
-    stops = []
-    for place, rule in enumerate(rules):
-        stop, own = rule.decide(features, score, part(state, str(place)))
-        stops.append(stop)
-        state = state | named(own, str(place))
-    return stops, state
-
-
-def _advance(rules: tuple[AbstractRule, ...], state: State) -> State:
-    for place, rule in enumerate(rules):
-        state = state | named(rule.advance(part(state, str(place))), str(place))
-    return state
 
 
 _Combination = TypeVar("_Combination", bound=AllOf | AnyOf)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from adaptive._decode import Job, Record, label
 from adaptive._exits import Exits
 from adaptive._families import Readout
-from adaptive._full_depth import agreement_along
+from adaptive._full_depth import agreement_along, choices_along
 from adaptive._losses import TOKEN_LOSSES, UnitLoss
 from adaptive._monitor import Monitor
 from adaptive._monitor_outcome import Outcome, Ticket
@@ -23,8 +23,6 @@ from adaptive._run import Run
 from adaptive._tier import Tier
 from adaptive.calibration import Certificate, InvalidArgumentError, UnsupportedError
 from adaptive.policies import Policy, Saturation, Threshold, keyed_noise
-
-_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -202,11 +200,13 @@ def _shadows(policy: Policy, job: Job, record: Record, runs: list[Run]) -> list[
     count = states[0].shape[1]
     active = record.stages[:, 1 : 1 + count] >= 0
     stages = _shadow_stages(policy, job, states, active)
+    readout = job.stack.executor.readout
     answers = record.ids[:, record.start + 1 : record.start + 1 + count].clone()
     for exit in policy.stages:
         here = stages == exit
         if bool(here.any()):
-            said = _answers(job, record, exit, states[exit])
+            early = job.exits.translate(exit, states[exit])
+            said = choices_along(early, readout, record.ids, record.start, job.chooser)
             answers = torch.where(here, said, answers)
     same = answers == record.ids[:, record.start + 1 : record.start + 1 + count]
     agreement: NDArray[np.int8] = same.to(torch.int8).cpu().numpy()
@@ -243,15 +243,3 @@ def _shadow_stages(policy: Policy, job: Job, states: list[Tensor], active: Tenso
             previous = here
         state = policy.advance(state)
     return stages
-
-
-def _answers(job: Job, record: Record, exit: int, states: Tensor) -> Tensor:
-    """Token that an exit's readout chooses at every slot, int64 ``[batch, n]``."""
-    parts = []
-    for offset in range(0, states.shape[1], _CHUNK):
-        hidden = job.exits.translate(exit, states[:, offset : offset + _CHUNK])
-        logits = job.stack.executor.readout(hidden)
-        first = record.start + offset
-        slots = range(first, first + logits.shape[1])
-        parts.append(job.chooser.each(record.ids, logits, slots, record.start))
-    return torch.cat(parts, dim=1)

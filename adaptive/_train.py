@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
@@ -30,6 +29,7 @@ from adaptive._full_depth import full_states
 from adaptive._inputs import Units, read_units, texts_batch
 from adaptive._progress import bar
 from adaptive._runs import full_depth_texts
+from adaptive._training_checkpoint import TrainingCheckpoint
 from adaptive.calibration import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from adaptive.calibration._validation import check_count, check_positive, check_rng
 
@@ -158,7 +158,7 @@ def train_exits(
         raise UnsupportedError("a checkpoint of one training run is written by one process")
     exits = attach_exits(model, layers, rank=training.rank)
     settings = asdict(training) | {"rng": rng, "layers": list(exits.layers)}
-    store = _Checkpoint(
+    store = TrainingCheckpoint(
         checkpoint, key=tokens_hash([rng]) + json.dumps([exits.record.model, settings, units.ids])
     )
     generator = np.random.default_rng(rng)
@@ -198,70 +198,12 @@ def _take_first(exits: Exits) -> None:
         take_first(exits)
 
 
-class _Checkpoint:
-    """Progress of a training run in a directory, each file written whole or not at all."""
-
-    def __init__(self, directory: str | Path | None, *, key: str) -> None:
-        self._folder = None if directory is None else Path(directory)
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        owner = self._folder / "run.json"
-        name = tokens_hash(map(ord, key))
-        if owner.exists() and json.loads(owner.read_text(encoding="utf-8"))["run"] != name:
-            raise InvalidArgumentError(
-                "checkpoint",
-                str(directory),
-                "an empty directory, or that of a run with the same model, prompts and settings",
-            )
-        self._write("run.json", {"run": name})
-
-    def texts(self) -> list[tuple[int, ...]] | None:
-        """Return generated texts, if they were finished."""
-        if self._folder is None or not (self._folder / "texts.json").exists():
-            return None
-        found = json.loads((self._folder / "texts.json").read_text(encoding="utf-8"))
-        return [tuple(text) for text in found]
-
-    def keep_texts(self, texts: Sequence[tuple[int, ...]]) -> None:
-        """Remember generated texts."""
-        if self._folder is not None:
-            self._write("texts.json", [list(text) for text in texts])
-
-    def tensors(self) -> dict[str, Tensor] | None:
-        """Return translators and optimiser state, if any were kept."""
-        path = None if self._folder is None else self._folder / "translators.safetensors"
-        return None if path is None or not path.exists() else load_file(path)
-
-    def keep_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Remember translators and optimiser state."""
-        if self._folder is not None:
-            partial = self._folder / ".translators.partial"
-            save_file(
-                {name: value.detach().contiguous().clone() for name, value in tensors.items()},
-                partial,
-            )
-            partial.replace(self._folder / "translators.safetensors")
-
-    def clear(self) -> None:
-        """Remove what is kept: the run is finished."""
-        if self._folder is not None:
-            for name in ("texts.json", "translators.safetensors", "run.json"):
-                (self._folder / name).unlink(missing_ok=True)
-
-    def _write(self, name: str, value: Any) -> None:
-        assert self._folder is not None
-        partial = self._folder / f".{name}.partial"
-        partial.write_text(json.dumps(value), encoding="utf-8")
-        partial.replace(self._folder / name)
-
-
 def _texts(
     model: PreTrainedModel,
     exits: Exits,
     units: Units,
     training: ExitTraining,
-    store: _Checkpoint,
+    store: TrainingCheckpoint,
     rng: int,
     progress: bool,
 ) -> list[tuple[int, ...]]:
@@ -318,7 +260,7 @@ def _fit_translators(
     slots: _Slots,
     readout: Readout,
     training: ExitTraining,
-    store: _Checkpoint,
+    store: TrainingCheckpoint,
     rng: int,
     progress: bool,
 ) -> None:

@@ -64,7 +64,7 @@ from adaptive.policies._calm import (
 from adaptive.policies._choose_stages import choose_stages, expected_cost
 from adaptive.policies._combinators import AllOf, AnyOf, Protected, TwoSided, Veto, Within
 from adaptive.policies._fixed import FixedStage, RandomStage, SkipDecode
-from adaptive.policies._gates import HaltingGate, LinearGate, RecurrentGate, StatisticsGate
+from adaptive.policies._gates import LinearGate, RecurrentGate, StatisticsGate
 from adaptive.policies._halting import (
     QuantileExit,
     SampledExit,
@@ -73,6 +73,7 @@ from adaptive.policies._halting import (
     halting_distribution,
     truncated_distribution,
 )
+from adaptive.policies._halting_gate import HaltingGate
 from adaptive.policies._noise import keyed_noise, unit_keys
 from adaptive.policies._optimal_stopping import OptimalStopping
 from adaptive.policies._oracle import oracle_stages, regret

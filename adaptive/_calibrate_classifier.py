@@ -24,6 +24,7 @@ from adaptive._evidence import (
     parted,
     test_of,
     too_few,
+    unshaped,
 )
 from adaptive._examples import Examples, read_examples
 from adaptive._predict import stages_of
@@ -144,13 +145,6 @@ def _split(
             )
             stages = replace(stages, exits=exits)
         shaped = set(exits.record.units)
-    kept = [i for i, name in enumerate(distinct.ids) if name not in shaped]
-    overlapping = len(distinct) - len(kept)
-    if overlapping:
-        _log.info("%d inputs shaped the exits and are left out", overlapping)
-    if len(kept) < 2:
-        raise InvalidArgumentError(
-            "dataset", f"{len(kept)} distinct inputs that did not shape the exits", "at least 2"
-        )
-    fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
-    return ClassifierSplit(fit, test, trained, overlapping, repeated, stages)
+    kept = unshaped(distinct, shaped, noun="inputs")
+    fit, test = parted(kept, FIT_SHARE, rng + 1)
+    return ClassifierSplit(fit, test, trained, len(distinct) - len(kept), repeated, stages)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -15,6 +17,7 @@ from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from adaptive._distributed import from_first
 from adaptive.calibration import Certificate, DeltaLedger, InvalidArgumentError
 
+_log = logging.getLogger(__name__)
 #: Shares of the units used to train exits (only if the model has none) and to choose the path.
 TRAIN_SHARE, FIT_SHARE = 0.3, 0.3
 
@@ -218,6 +221,23 @@ def parted(units: UnitsT, share: float, rng: int) -> tuple[UnitsT, UnitsT]:
         apart = GroupShuffleSplit(n_splits=1, train_size=_share(share, count), random_state=rng)
         first, second = next(apart.split(rows, groups=units.groups))
     return units.select(first), units.select(second)
+
+
+def unshaped(units: UnitsT, shaped: Collection[str], *, noun: str) -> UnitsT:
+    """Leave out the units that shaped the exits: they are no evidence about them.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If fewer than 2 are left.
+    """
+    kept = np.array([i for i, name in enumerate(units.ids) if name not in shaped], dtype=np.intp)
+    if kept.size < len(units):
+        _log.info("%d %s shaped the exits and are left out", len(units) - kept.size, noun)
+    if kept.size < 2:
+        found = f"{kept.size} distinct {noun} that did not shape the exits"
+        raise InvalidArgumentError("dataset", found, "at least 2")
+    return units.select(kept)
 
 
 def total_units(needed: int) -> int:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Roles, parted
+from adaptive._evidence import FIT_SHARE, TRAIN_SHARE, Roles, parted, unshaped
 from adaptive._exits import Exits, get_exits
 from adaptive._inputs import Units
 from adaptive._train import ExitTraining, train_exits
-from adaptive.calibration import InvalidArgumentError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,19 +37,9 @@ def split_units(
             rng=rng,
             progress=progress,
         )
-    shaped = set(exits.record.units)
-    kept = [i for i, name in enumerate(distinct.ids) if name not in shaped]
-    overlapping = len(distinct) - len(kept)
-    if overlapping:
-        _log.info("%d prompts shaped the exits and are left out", overlapping)
-    if len(kept) < 2:
-        raise InvalidArgumentError(
-            "dataset",
-            len(kept),
-            "at least 2 distinct prompts that did not shape the exits",
-        )
-    fit, test = parted(distinct.select(kept), FIT_SHARE, rng + 1)
-    return Split(fit, test, trained, overlapping, repeated, exits)
+    kept = unshaped(distinct, set(exits.record.units), noun="prompts")
+    fit, test = parted(kept, FIT_SHARE, rng + 1)
+    return Split(fit, test, trained, len(distinct) - len(kept), repeated, exits)
 
 
 def in_batches(units: Units, size: int) -> Units:

@@ -80,6 +80,8 @@ def textual_consistency(
 def risk_consistency(early: ArrayLike, full: ArrayLike) -> NDArray[np.float64]:
     """How much worse the early run did: ``max(0, early - full)``, a loss per unit.
 
+    From the same source as :func:`textual_consistency`.
+
     Parameters
     ----------
     early, full : array_like [n_units]
@@ -88,10 +90,6 @@ def risk_consistency(early: ArrayLike, full: ArrayLike) -> NDArray[np.float64]:
     Returns
     -------
     ndarray of float64 [n_units]
-
-    References
-    ----------
-    .. [1] Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022.
     """
     found: NDArray[np.float64] = np.maximum(
         0.0, np.asarray(early, dtype=np.float64) - np.asarray(full, dtype=np.float64)

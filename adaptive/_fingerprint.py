@@ -114,6 +114,20 @@ def _rounding(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others, as quantised ones are of integers and scales."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that one is made of."""
+    if is_packed(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from _plain_parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
 def _of_model(model: nn.Module, form: Callable[[Tensor], Tensor]) -> str:
     config = model.config.to_dict() if hasattr(model, "config") else {}  # type: ignore[operator,union-attr]
     kept = {
@@ -123,7 +137,9 @@ def _of_model(model: nn.Module, form: Callable[[Tensor], Tensor]) -> str:
     }
     text = json.dumps(kept, sort_keys=True, default=str) if kept else ""
     weights = tensors_fingerprint(
-        (name, form(parameter.detach())) for name, parameter in model.named_parameters()
+        (name, form(part))
+        for name, parameter in model.named_parameters()
+        for part in _plain_parts(parameter.detach())
     )
     return hashlib.sha256((text + weights).encode()).hexdigest()[:24]
 
@@ -133,10 +149,10 @@ def version_of(module: nn.Module) -> tuple[tuple[int, int], ...] | None:
 
     ``None`` if a parameter was made under ``torch.inference_mode()``: it counts no writes.
     """
-    parameters = list(module.parameters())
-    if any(parameter.is_inference() for parameter in parameters):
+    parts = [part for parameter in module.parameters() for part in _plain_parts(parameter)]
+    if any(part.is_inference() for part in parts):
         return None
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+    return tuple((part.data_ptr(), part._version) for part in parts)
 
 
 def _once(module: nn.Module, kind: str, compute: Callable[[], str]) -> str:

@@ -18,13 +18,16 @@ from adaptive._generic import GenericExecutor
 from adaptive._locks import lock_of
 from adaptive._memory import ran_out
 from adaptive._native import NativeExecutor, why_not_native
+from adaptive._packing import Contents, contents
 from adaptive.calibration import InvalidArgumentError, UnsupportedError
 
 Tier = Literal["native", "generic"]
 _log = logging.getLogger(__name__)
-#: Tokens of the text on which the native tier is compared with the model.
-_CHECKED = 6
+#: Tokens of the text on which a tier is compared with the model, and of those that wait in it.
+_CHECKED, _LATE = 6, 2
 _native: weakref.WeakKeyDictionary[PreTrainedModel, NativeExecutor] = weakref.WeakKeyDictionary()
+#: Models whose layers were seen to give its own logits, as they were then.
+_replayed: weakref.WeakKeyDictionary[PreTrainedModel, Contents] = weakref.WeakKeyDictionary()
 #: Why the self-check of a model failed.
 _differing: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
@@ -37,14 +40,16 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
     model : PreTrainedModel
     tier : {"native", "generic"}, optional
         ``None`` takes the native tier if the family has one and its logits on a short text equal
-        the model's own (checked once per model), else the generic tier.
+        the model's own, else the generic tier, whose logits must be the model's own too (both
+        checked once per model).
 
     Raises
     ------
     InvalidArgumentError
         If ``tier`` is none of the above, or the model would drop out units.
     UnsupportedError
-        If the family is unknown, or ``tier="native"`` is asked for and not possible.
+        If the family is unknown, ``tier="native"`` is asked for and not possible, or the layers,
+        called one after the other, do not give the model's own logits.
     """
     if tier not in (None, "native", "generic"):
         raise InvalidArgumentError("tier", tier, "'native', 'generic' or None")
@@ -53,7 +58,7 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
             "model", "a model in training mode with dropout", "`model.eval()` before it is run"
         )
     if tier == "generic":
-        return GenericExecutor(model)
+        return _replaying(model)
     with lock_of(model):  # packing is for one thread, and what another records looks like a hook
         executor = _native.get(model)
         if executor is None or executor.stale(model):
@@ -62,7 +67,7 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
             if reason is not None:
                 if tier == "native":
                     raise UnsupportedError(f"`tier='native'` is not possible: {reason}")
-                return GenericExecutor(model)
+                return _replaying(model)
         return copy.copy(_native[model])  # packed weights are shared, keys and values are not
 
 
@@ -71,6 +76,7 @@ def forget(model: PreTrainedModel) -> None:
     with lock_of(model):
         _native.pop(model, None)
         _differing.pop(model, None)
+        _replayed.pop(model, None)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:
@@ -86,8 +92,7 @@ def _self_check(model: PreTrainedModel) -> str | None:
     """Build the native executor and keep it if its logits are the model's own; else say why not."""
     if model in _differing:
         return _differing[model]
-    count = room_for(model, _CHECKED)
-    tokens = torch.arange(1, count + 1, device=model.device)[None] % model.config.vocab_size
+    tokens = _short_text(model)
     theirs = model(input_ids=tokens, use_cache=False).logits[:, -1]
     try:
         executor = NativeExecutor(model)
@@ -105,6 +110,72 @@ def _self_check(model: PreTrainedModel) -> str | None:
     _differing[model] = reason
     _log.warning("the native tier is off for %s: %s", type(model).__name__, reason)
     return reason
+
+
+def _replaying(model: PreTrainedModel) -> GenericExecutor:
+    """Return the generic executor if its logits are the model's own."""
+    executor = GenericExecutor(model)
+    with lock_of(model):
+        found = contents(model)
+        if _replayed.get(model) != found:
+            _check_replay(model, executor)
+            _replayed[model] = found
+    return executor
+
+
+@torch.no_grad()
+def _check_replay(model: PreTrainedModel, executor: GenericExecutor) -> None:
+    """Refuse layers that do more than take a state and keep keys and values of it.
+
+    Some hand each other more than the state, keep a state of their own, or are told the tokens:
+    what a waiting token is told is not what the model would tell it.
+    """
+    tokens = _short_text(model)
+    theirs = model(input_ids=tokens, use_cache=False).logits[:, -_LATE:]
+    try:
+        ours = _late_logits(executor, tokens)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if ran_out(error):
+            raise
+        reason = f"calling them one after the other fails ({' '.join(str(error).split())})"
+    else:
+        if _close(ours, theirs):
+            return
+        reason = (
+            "tokens that wait and are gone on with together do not get the model's own logits "
+            "(its layers hand each other more than the state, look ahead, or round by what else is "
+            "in the pass)"
+        )
+    raise UnsupportedError(
+        f"exits are not possible on this {type(model).__name__} (family "
+        f"{model.config.model_type!r}), whose layers must be left and gone on with: {reason}"
+    )
+
+
+def _short_text(model: PreTrainedModel) -> Tensor:
+    """Tokens ``[1, n]`` on which a tier is compared with the model."""
+    count = room_for(model, _CHECKED)
+    return torch.arange(1, count + 1, device=model.device)[None] % model.config.vocab_size
+
+
+def _late_logits(executor: GenericExecutor, tokens: Tensor) -> Tensor:
+    """Logits ``[1, n, vocabulary]`` behind the last tokens, which wait for the deeper layers."""
+    length = tokens.shape[1]
+    late, half = min(_LATE, length), (executor.layers + 1) // 2
+    start = length - late
+    positions = torch.arange(length, device=tokens.device)[None]
+    executor.begin(batch_size=1, max_length=length, padding=None, positions=positions)
+    try:
+        if start:
+            executor.run(0, executor.layers, executor.embed(tokens[:, :start], 0), 0)
+        waiting = []
+        for slot in range(start, length):
+            hidden = executor.embed(tokens[:, slot : slot + 1], slot)
+            waiting.append(executor.run(0, half, hidden, slot))
+        hidden = executor.run(half, executor.layers, torch.cat(waiting, dim=1), start)
+        return executor.readout(hidden)
+    finally:
+        executor.end()
 
 
 def _last_logits(executor: NativeExecutor, tokens: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from adaptive._fingerprint import is_packed
+
 
 class NotNativeError(Exception):
     """A layer is built of something that the native tier does not know."""
@@ -36,11 +38,16 @@ def matrix(module: Any) -> Matrix:
     NotNativeError
         If the module is anything else: it may be quantised, or carry an adapter.
     """
-    if type(module) is nn.Linear:
+    if plain_linear(module):
         return Matrix(module.weight.detach(), _detached(module.bias))
     if type(module) is Conv1D:  # kept transposed, as the first GPTs do
         return Matrix(module.weight.detach().T, _detached(module.bias))
     raise NotNativeError("projections that are quantised or wrapped")
+
+
+def plain_linear(module: Any) -> bool:
+    """Whether a module is a linear map with numbers for weights, no packed or quantised ones."""
+    return type(module) is nn.Linear and not is_packed(module.weight)
 
 
 def _detached(parameter: Tensor | None) -> Tensor | None:

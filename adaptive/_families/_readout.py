@@ -8,6 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from adaptive._families._layer import plain_linear
 from adaptive._families._registry import family_of
 from adaptive._fingerprint import version_of
 from adaptive._product import product
@@ -35,7 +36,8 @@ class Readout:
     def empty(self, batch: int) -> Tensor:
         """Logits ``[batch, vocabulary]`` that nobody has formed, all zero."""
         weight = self._head.weight
-        return weight.new_zeros(batch, weight.shape[0])
+        shape = (batch, weight.shape[0])
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
@@ -67,6 +69,8 @@ class Readout:
         return self._over[1]
 
     def _gathered(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
+        if not self._plain:
+            return lambda hidden: self(hidden)[..., kept]
         weight = self._head.weight[kept]
         bias = None if self._head.bias is None else self._head.bias[kept]
         return lambda hidden: self._capped(product(self._normed(hidden), weight, bias))
@@ -74,20 +78,27 @@ class Readout:
     def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits ``[batch, n]`` of tokens ``ids [batch, n]`` for ``hidden [batch, width]``.
 
-        Only those rows of the head are read.
+        Only those rows of the head are read, if it is a plain one.
         """
+        if not self._plain:
+            return self(hidden).gather(-1, ids)
         rows = self._head.weight[ids]
         logits = (rows @ self._normed(hidden)[..., None])[..., 0]
         if self._head.bias is not None:
             logits = logits + self._head.bias[ids]
         return self._capped(logits)
 
-    def _logits(self, states: Tensor) -> Tensor:
+    @property
+    def _plain(self) -> bool:
+        """Whether the head is its weight and bias: not quantised, no adapter, nothing hooked in."""
         head = self._head
-        plain = type(head) is nn.Linear and not (
+        return plain_linear(head) and not (
             head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
         )
-        return product(states, head.weight, head.bias) if plain else head(states)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        head = self._head
+        return product(states, head.weight, head.bias) if self._plain else head(states)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         for norm in self._norms:

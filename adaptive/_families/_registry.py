@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adaptive._families import _gemma, _gpt2, _gpt_neox, _llama, _opt, _phi, _phi3
 from adaptive._families._family import Family
@@ -31,8 +32,8 @@ def family_of(model: nn.Module) -> Family:
     Raises
     ------
     UnsupportedError
-        If the model is an encoder-decoder or of a family without a row in ``FAMILIES``; the
-        message names what is missing.
+        If the model is an encoder-decoder, of a family without a row in ``FAMILIES`` or built
+        otherwise; the message names what is missing.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -49,10 +50,8 @@ def family_of(model: nn.Module) -> Family:
         if model_type in family.model_types:
             for path in (family.layers, *family.norms):
                 _require(model, path, model_type)
-            if model.get_output_embeddings() is None:  # type: ignore[operator]
-                raise UnsupportedError(
-                    f"{type(model).__name__} has no output head: load it as a causal language model"
-                )
+            _require_head(model)
+            _refuse_stray_window(model, config)
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise UnsupportedError(
@@ -67,6 +66,33 @@ def layers_of(model: nn.Module) -> list[Any]:
     layers = attrgetter(family_of(model).layers)(model)
     config: Any = model.config
     return list(layers)[: config.num_hidden_layers]
+
+
+def _require_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no output head: load it as a causal language model"
+        )
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise UnsupportedError(
+            f"the output head of {type(model).__name__} is a {type(head).__name__} without a "
+            "tensor `weight`: exits read the head's rows. Leave the head as it was loaded "
+            "(quantise the layers only)"
+        )
+
+
+def _refuse_stray_window(model: nn.Module, config: Any) -> None:
+    """Refuse a window that transformers' cache reads off the config, and the layers do not know."""
+    for name in ("sliding_window", "attention_chunk_size"):
+        width = getattr(config, name, None)
+        if width is not None and name not in inspect.signature(type(config)).parameters:
+            raise UnsupportedError(
+                f"the config of {type(model).__name__} says `{name}={width}`, which its layers "
+                f"({config.model_type!r}) do not know: they see the whole prompt, and "
+                "`model.generate` then drops keys from its cache all the same. Set "
+                f"`model.config.{name} = None`"
+            )
 
 
 def _require(model: nn.Module, path: str, model_type: str) -> None:

@@ -31,9 +31,10 @@ from transformers import (
 
 from adaptive import UnsupportedError, _native, attach_exits, generate
 from adaptive._executor import AbstractExecutor
-from adaptive._families import _registry, family_of, layers_of
+from adaptive._families import Readout, _registry, family_of, layers_of
 from adaptive._families._layer import Layer, RootMeanSquare
 from adaptive._families._rope import rotary_of
+from adaptive._fingerprint import lineage, related
 from adaptive._generic import GenericExecutor
 from adaptive._native import NativeExecutor
 from adaptive._output import AdaptiveOutput
@@ -528,6 +529,7 @@ def test_threads_generate_with_one_model_at_once(name: str, tier: Any) -> None:
 def _recording(model: PreTrainedModel) -> Iterator[None]:
     """Hold a thread of the generic tier in the midst of the model's own forward pass."""
     ids, mask = helpers.prompts((5,))
+    executor_for(model, tier="generic")  # its self-check calls the model too
     inside, going = threading.Event(), threading.Event()
 
     def hold(module: Any, args: Any) -> None:
@@ -593,7 +595,40 @@ def test_native_tier_is_refused_by_name(name: str, changes: dict[str, Any], reas
         setattr(model.config, key, value)
     with pytest.raises(UnsupportedError, match=f"`tier='native'` is not possible: .*{reason}"):
         executor_for(model, tier="native")
-    assert isinstance(executor_for(model), GenericExecutor)
+
+
+def test_norms_behind_run_on_the_generic_tier() -> None:
+    assert isinstance(executor_for(helpers.tiny("opt-post-norm")), GenericExecutor)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3"])
+@pytest.mark.parametrize("tier", [None, "generic"])
+def test_layers_that_look_ahead_are_refused(name: str, tier: Any) -> None:
+    model = helpers.tiny(name, use_bidirectional_attention=True)
+    ids, mask = helpers.prompts()
+    with pytest.raises(UnsupportedError, match=f"not possible on this .*'{name}.*look ahead"):
+        _ours(model, ids, mask, policy=helpers.never("exact"), tier=tier)
+
+
+def test_layers_that_hand_on_more_than_a_state_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = helpers.tiny("llama")
+    kind = type(model.model.layers[0])
+    original, kept = kind.forward, []
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        if self is model.model.layers[0]:
+            kept[:] = [hidden_states]
+        return original(self, hidden_states, **kwargs) + kept[0].mean(dim=1, keepdim=True)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    for tier in (None, "generic"):
+        with pytest.raises(UnsupportedError, match="hand each other more than the state"):
+            executor_for(model, tier=tier)
+    monkeypatch.undo()
+    forget(model)
+    assert isinstance(executor_for(model), NativeExecutor)
 
 
 def _attending(layer: Layer, **changes: Any) -> Layer:
@@ -686,7 +721,6 @@ def test_layers_built_otherwise_are_refused_by_name() -> None:
         del layer.self_attn.q_proj
     with pytest.raises(UnsupportedError, match="layer 0 is not built as its family's layers are"):
         executor_for(model, tier="native")
-    assert isinstance(executor_for(model), GenericExecutor)
 
 
 @natives
@@ -922,6 +956,18 @@ class _Adapter(torch.nn.Module):
         return self.base(hidden) + self.up(self.down(hidden))
 
 
+class _WeightedAdapter(_Adapter):
+    """An adapter that hands out the base's weight, as those of PEFT do."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
 def test_layers_with_adapters_run_on_the_generic_tier() -> None:
     model = helpers.tiny("llama")
     assert isinstance(executor_for(model), NativeExecutor)
@@ -934,6 +980,106 @@ def test_layers_with_adapters_run_on_the_generic_tier() -> None:
     plain = _plain(model, ids, mask).sequences
     for mode in MODES:
         ours = _ours(model, ids, mask, policy=helpers.never(mode))
+        assert torch.equal(ours.sequences, plain)
+
+
+class _Packed(Tensor):
+    """Integers and scales in place of a weight, as quantisation makes them: good for products only.
+
+    ``reshape``, ``to`` and most other operations fail, as those of torchao's tensors do.
+    """
+
+    whole: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def __new__(cls, whole: Tensor, scales: Tensor) -> _Packed:
+        found: _Packed = Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scales.dtype)  # type: ignore[attr-defined]
+        found.whole, found.scales = whole, scales
+        return found
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Packed:
+        scales = weight.abs().amax(dim=1, keepdim=True) / 127
+        return cls((weight / scales).round().to(torch.int8), scales)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["whole", "scales"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].whole, args[0].scales)
+        raise NotImplementedError(f"{func} of packed weights")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            plain = (arg.whole * arg.scales if type(arg) is cls else arg for arg in args)
+            return func(*plain, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@torch.no_grad()
+def _packed(model: Any, *, head: bool) -> None:
+    for path, module in model.named_modules():
+        if type(module) is torch.nn.Linear and (head or path != "lm_head"):
+            module.weight = torch.nn.Parameter(_Packed.of(module.weight), requires_grad=False)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["layers", "head too"])
+def test_packed_weights_run_on_the_generic_tier(head: bool) -> None:
+    model = helpers.tiny("llama", exits=False)
+    _packed(model, head=head)
+    attach_exits(model, helpers.EXITS)
+    with pytest.raises(UnsupportedError, match="quantised or wrapped"):
+        executor_for(model, tier="native")
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask).sequences
+    for policy in (helpers.never("exact"), helpers.mixed(model, "verify")):
+        assert torch.equal(_ours(model, ids, mask, policy=policy).sequences, plain)
+    before = lineage(model)
+    fresh = helpers.tiny("llama", exits=False)
+    _packed(fresh, head=head)
+    assert related(before, lineage(fresh))
+    fresh.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(
+        _Packed.of(2 * torch.rand(48, 32)), requires_grad=False
+    )
+    assert not related(before, lineage(fresh))
+
+
+@torch.no_grad()
+def test_rows_of_a_head_that_is_more_than_its_weight() -> None:
+    model = helpers.tiny("llama")
+    model.lm_head = _WeightedAdapter(model.lm_head)
+    read = Readout(model)
+    states, ids = torch.randn(3, 32), torch.tensor([[1, 5], [90, 2], [7, 7]])
+    logits = model.lm_head(model.model.norm(states))
+    torch.testing.assert_close(read(states), logits)
+    torch.testing.assert_close(read.at(states, ids), logits.gather(1, ids))
+    torch.testing.assert_close(read.over(ids[1])(states), logits[:, ids[1]])
+
+
+def test_a_head_without_a_weight_is_named() -> None:
+    model = helpers.tiny("llama", exits=False)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(UnsupportedError, match="is a Sequential without a tensor `weight`"):
+        attach_exits(model, (1,))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt-neox"])
+@pytest.mark.parametrize("field", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_the_layers_do_not_know_is_named(name: str, field: str) -> None:
+    model = helpers.tiny(name, exits=False)
+    setattr(model.config, field, 7)
+    with pytest.raises(UnsupportedError, match=rf"`{field}=7`, which its layers .* do not know"):
+        attach_exits(model, helpers.EXITS)
+    setattr(model.config, field, None)  # which is what the message says
+    attach_exits(model, helpers.EXITS)
+    ids, mask = helpers.prompts()
+    plain = _plain(model, ids, mask).sequences
+    for tier in ("native", "generic"):
+        ours = _ours(model, ids, mask, policy=helpers.never("exact"), tier=tier)
         assert torch.equal(ours.sequences, plain)
 
 

@@ -64,6 +64,8 @@ class Family:
         What the native tier must know; ``None`` leaves the family to the generic tier.
     softcap : str, optional
         Name of the config field with the cap on the final logits.
+    factor, divisor : str, optional
+        Name of the config field that the head's products are multiplied with, or divided by.
     """
 
     model_types: tuple[str, ...]
@@ -71,3 +73,5 @@ class Family:
     norms: tuple[str, ...]
     native: Native | None = None
     softcap: str | None = None
+    factor: str | None = None
+    divisor: str | None = None

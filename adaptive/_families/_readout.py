@@ -16,14 +16,17 @@ from adaptive._transfer import sent
 
 
 class Readout:
-    """A model's own way from the last layer's output to logits: norms, head, soft-cap."""
+    """A model's own way from the last layer's output to logits: norms, head, scale, soft-cap."""
 
     def __init__(self, model: nn.Module) -> None:
         family = family_of(model)
         found = (attrgetter(path)(model) for path in family.norms)
         self._norms = [module for module in found if module is not None]
         self._head = model.get_output_embeddings()  # type: ignore[operator]
-        self._cap = getattr(model.config, family.softcap) if family.softcap else None
+        self._cap, self._factor, self._divisor = (
+            None if name is None else getattr(model.config, name)
+            for name in (family.softcap, family.factor, family.divisor)
+        )
         self._over: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
         self._version = version_of(self._head)
 
@@ -41,7 +44,7 @@ class Readout:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., width]``."""
-        return self._capped(self._logits(self._normed(hidden)))
+        return self._finished(self._logits(self._normed(hidden)))
 
     def among(self, hidden: Tensor, rows: list[int], *, into: Tensor | None = None) -> Tensor:
         """Logits ``[batch, vocabulary]`` of ``rows`` of ``hidden [batch, width]``.
@@ -73,7 +76,7 @@ class Readout:
             return lambda hidden: self(hidden)[..., kept]
         weight = self._head.weight[kept]
         bias = None if self._head.bias is None else self._head.bias[kept]
-        return lambda hidden: self._capped(product(self._normed(hidden), weight, bias))
+        return lambda hidden: self._finished(product(self._normed(hidden), weight, bias))
 
     def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits ``[batch, n]`` of tokens ``ids [batch, n]`` for ``hidden [batch, width]``.
@@ -86,7 +89,7 @@ class Readout:
         logits = (rows @ self._normed(hidden)[..., None])[..., 0]
         if self._head.bias is not None:
             logits = logits + self._head.bias[ids]
-        return self._capped(logits)
+        return self._finished(logits)
 
     @property
     def _plain(self) -> bool:
@@ -105,5 +108,9 @@ class Readout:
             hidden = norm(hidden)
         return hidden
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def _finished(self, logits: Tensor) -> Tensor:
+        if self._factor is not None:
+            logits = logits * self._factor
+        if self._divisor is not None:
+            logits = logits / self._divisor
         return logits if self._cap is None else (logits / self._cap).tanh() * self._cap

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from adaptive._families import _gemma, _gpt2, _gpt_neox, _llama, _opt, _phi, _phi3
 from adaptive._families._family import Family
+from adaptive._families._replayed import REPLAYED
 from adaptive.calibration import UnsupportedError
 
-#: A new family is one file beside this one and one row in ``tests/contract/test_families.py``.
+#: A new family is one file beside this one and one row in ``tests/contract/test_families.py``, or
+#: one row of ``REPLAYED``.
 FAMILIES: tuple[Family, ...] = (
     _llama.LLAMA,
     _phi.PHI,
@@ -23,6 +25,7 @@ FAMILIES: tuple[Family, ...] = (
     _gpt2.GPT2,
     _opt.OPT,
     _gpt_neox.GPT_NEOX,
+    *REPLAYED,
 )
 
 

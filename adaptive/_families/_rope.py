@@ -22,21 +22,21 @@ def rotary_of(model: Any) -> Any:
 
 def unknown_scheme(model: Any) -> str | None:
     """Return the name of a rotary scheme that is not known, if the model has one."""
-    unknown = set(_schemes(model).values()) - _FIXED - _SWITCHING
+    unknown = set(_schemes(rotary_of(model)).values()) - _FIXED - _SWITCHING
     return min(unknown) if unknown else None
 
 
 def longest_text(model: Any) -> int | None:
     """Most slots, prompt included, of a text during which no rotary table changes."""
-    rotary = rotary_of(model)
     limits = []
-    for kind, scheme in _schemes(model).items():
-        if scheme == "dynamic":
-            limits.append(rotary.original_max_seq_len - 1)
-        elif scheme == "longrope":
-            settings = model.config.rope_parameters
-            settings = settings if kind is None else settings[kind]
-            limits.append(settings["original_max_position_embeddings"])
+    for rotary in _rotaries(model):
+        for kind, scheme in _schemes(rotary).items():
+            if scheme == "dynamic":
+                limits.append(rotary.original_max_seq_len - 1)
+            elif scheme == "longrope":
+                settings = rotary.config.rope_parameters
+                settings = settings if kind is None else settings[kind]
+                limits.append(settings["original_max_position_embeddings"])
     return min(limits, default=None)
 
 
@@ -62,6 +62,14 @@ def check_length(limit: int | None, max_length: int) -> None:
         )
 
 
-def _schemes(model: Any) -> dict[str | None, str]:
-    found = getattr(rotary_of(model), "rope_type", {})
+def _rotaries(model: Any) -> list[Any]:
+    """Return all modules with rotary tables; where the inside is not known, by what they have."""
+    if family_of(model).native is None:
+        return [module for module in model.modules() if hasattr(module, "rope_type")]
+    rotary = rotary_of(model)
+    return [] if rotary is None else [rotary]
+
+
+def _schemes(rotary: Any) -> dict[str | None, str]:
+    found = getattr(rotary, "rope_type", {})
     return dict(found) if isinstance(found, dict) else {None: found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -171,13 +172,21 @@ def test_every_family_has_a_row() -> None:
     assert known == {name.partition("-")[0] for name in MODELS}
 
 
+def test_the_docs_name_every_family() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text(encoding="utf-8")
+    missing = [
+        name for family in FAMILIES for name in family.model_types if f"`{name}`" not in text
+    ]
+    assert not missing
+
+
 def _row(name: str) -> Any:
     there = name.partition("-")[0] in CONFIG_MAPPING
     reason = "this release of transformers does not have it yet"
     return pytest.param(name, marks=pytest.mark.skipif(not there, reason=reason))
 
 
-@pytest.mark.parametrize("name", map(_row, MODELS))
+@pytest.mark.parametrize("name", [_row(name) for name in MODELS])
 def test_text_and_settled_cache_are_the_models_own(name: str) -> None:
     model = tiny(name)
     ids, mask = helpers.prompts((9, 5, 8))

@@ -87,9 +87,12 @@ def _require_head(model: Any) -> None:
 
 def _refuse_stray_window(model: nn.Module, config: Any) -> None:
     """Refuse a window that transformers' cache reads off the config, and the layers do not know."""
+    kind = type(config)
     for name in ("sliding_window", "attention_chunk_size"):
         width = getattr(config, name, None)
-        if width is not None and name not in inspect.signature(type(config)).parameters:
+        if width is None or hasattr(kind, name):
+            continue
+        if name not in inspect.signature(kind).parameters:  # of a configuration of another make
             raise UnsupportedError(
                 f"the config of {type(model).__name__} says `{name}={width}`, which its layers "
                 f"({config.model_type!r}) do not know: they see the whole prompt, and "

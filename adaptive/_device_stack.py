@@ -29,7 +29,8 @@ class DeviceStack(AbstractStack):
 
     A token's way is cut into pieces that a CUDA graph can hold: ``begin``; for every deeper segment
     ``carry``, in one of two shapes, and ``ask``; ``finish``; ``flush``. They take and return no
-    tensors, read and write such as stay in their place, and never ask for a value. Who runs them
+    tensors, read and write such as stay in their place, and never ask for a value. One thing is
+    made anew: ``near``, by ``begin``, for the pieces after it. Who runs them
     looks at flags: ``going[s]`` says whether any row goes on to segment ``s``, ``alone[s]`` and
     ``crowded[s]`` in which shape it does, ``overdue`` whether no more slots may wait. ``way[s]``
     says the first three in one number: 0, 1 or 2.
@@ -203,9 +204,9 @@ class DeviceStack(AbstractStack):
     def begin(self) -> None:
         """Embed the newest token, run segment 0, ask for the first time."""
         self.slot.add_(1)
-        self._near = self.executor.window(self.slot, queries=1, stop=self.stop)
-        hidden = self.executor.embed_window(self.newest, self._near)
-        hidden = self.executor.run_window(0, self.bounds[1], hidden, self._near, self.slot)
+        self.near = self.executor.window(self.slot, queries=1, stop=self.stop)
+        hidden = self.executor.embed_window(self.newest, self.near)
+        hidden = self.executor.run_window(0, self.bounds[1], hidden, self.near, self.slot)
         self.hidden.copy_(hidden)
         self.states.copy_(hidden[:, 0])
         self.running.copy_(self.active)
@@ -232,7 +233,7 @@ class DeviceStack(AbstractStack):
         low, high = self.bounds[segment], self.bounds[segment + 1]
         frozen = self._frozen()
         self.hidden.copy_(
-            self.executor.run_window(low, high, self.hidden, self._near, self.slot, frozen=frozen)
+            self.executor.run_window(low, high, self.hidden, self.near, self.slot, frozen=frozen)
         )
         self.filled[segment : segment + 1].copy_(self.slot + 1)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from adaptive._capturable import NotCapturableError, OnlyCapturable
 from adaptive._memory import ran_out
 from adaptive._pieces import Perform, Piece, perform, perform_compiled
 from adaptive.calibration import UnsupportedError
 
 if TYPE_CHECKING:
     from adaptive._device_stack import DeviceStack
+    from adaptive._span import Window
 
 #: How a step of fixed shapes is run.
 Capture = Literal["step", "segments", "none"]
@@ -84,19 +86,21 @@ class SegmentGraphs(BySegment):
     def __init__(self, perform: Perform = perform) -> None:
         super().__init__(perform)
         self._graphs: dict[tuple[Piece, int], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        #: End of the bucket for which kernels are ready.
-        self._rehearsed = 0
+        self._captures = _Captures(perform)
+        #: By the end of the bucket: what its ``begin`` hands on, where its graph writes it. Other
+        #: pieces are captured when first needed, which may be after one of another bucket.
+        self._near: dict[int, Window] = {}
 
     def _do(self, stack: DeviceStack, piece: Piece) -> None:
         key = piece, stack.stop
         if key not in self._graphs:
-            if self._rehearsed != stack.stop:
-                _rehearse(stack, self._perform)
-                self._rehearsed = stack.stop
-            graph = torch.cuda.CUDAGraph()
-            with _capturing(graph, self._pool):
+            if piece.name == "begin":
+                self._captures.rehearse(stack)
+            else:
+                stack.near = self._near[stack.stop]
+            with self._captures.capturing(stack) as graph:
                 self._perform(stack, piece)
+            self._near.setdefault(stack.stop, stack.near)
             self._graphs[key] = graph
         self._graphs[key].replay()
 
@@ -116,7 +120,7 @@ class StepGraph(AbstractRunner):
             )
         #: By the end of the bucket, and whether of a step or of what settles it.
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._captures = _Captures(perform)
 
     def run(self, stack: DeviceStack) -> None:
         """See :class:`AbstractRunner`."""
@@ -141,9 +145,8 @@ class StepGraph(AbstractRunner):
         work: Callable[[torch.cuda.CUDAGraph], None],
     ) -> None:
         if key not in self._graphs:
-            _rehearse(stack, self._perform)
-            graph = torch.cuda.CUDAGraph()
-            with _capturing(graph, self._pool):
+            self._captures.rehearse(stack)
+            with self._captures.capturing(stack) as graph:
                 work(graph)
             self._graphs[key] = graph
         self._graphs[key].replay()
@@ -174,30 +177,84 @@ def runner_for(capture: Capture, *, compiled: bool = False) -> AbstractRunner:
     return kinds[capture](perform_compiled if compiled else perform)
 
 
-def _rehearse(stack: DeviceStack, perform: Perform) -> None:
-    """Run every piece once on a stream of its own, as captures ask for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        stack.rehearse(perform)
-    torch.cuda.current_stream().wait_stream(stream)
+class _Captures:
+    """Captures of one stack: one pool of memory, one stream of the stack's device.
+
+    With the stream that torch has for all captures, what the device's libraries lay down for it
+    would belong to the first stack that is captured, and be gone with it.
+    """
+
+    def __init__(self, perform: Perform) -> None:
+        self._perform = perform
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
+
+    def rehearse(self, stack: DeviceStack) -> None:
+        """Run every piece once, as captures ask for; say what could not be captured.
+
+        Compiled pieces have been found to be free of that.
+        """
+        own, device = self._stream_for(stack), stack.slot.device
+        watched = OnlyCapturable() if self._perform is perform else nullcontext()
+        try:
+            with _back_on(device), watched:
+                own.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(own):
+                    stack.rehearse(self._perform)
+        except NotCapturableError as error:
+            raise UnsupportedError(_refusal(error)) from error
+        torch.cuda.current_stream(device).wait_stream(own)
+
+    @contextmanager
+    def capturing(self, stack: DeviceStack) -> Iterator[torch.cuda.CUDAGraph]:
+        """Capture what is done inside; say what may be wrong if that fails."""
+        graph = torch.cuda.CUDAGraph()
+        stream = self._stream_for(stack)
+        first: RuntimeError | None = None
+        try:
+            with (
+                _back_on(stack.slot.device),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=stream,
+                    capture_error_mode="thread_local",  # other threads may allocate meanwhile
+                ),
+            ):
+                try:
+                    yield graph
+                except RuntimeError as error:
+                    first = error  # ending a capture that failed is an error of its own
+                    raise
+        except RuntimeError as error:
+            cause = first or error
+            if ran_out(cause):
+                raise cause from None
+            raise UnsupportedError(_refusal(cause)) from cause
+
+    def _stream_for(self, stack: DeviceStack) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(stack.slot.device)
+        return self._stream
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Capture what is done inside; say what may be wrong if that fails."""
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            yield
-    except RuntimeError as error:
-        if ran_out(error):
-            raise
-        raise UnsupportedError(
-            "the policy's step cannot be captured in a CUDA graph: a score or rule of your own may "
-            "read a value on the host, branch on one, or change shapes. Leave `capture` out, or "
-            "see what the docs ask of your own policies. The reason given: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+def _back_on(device: torch.device) -> Iterator[None]:
+    """Be on a device's current stream, and afterwards there where one was before.
+
+    A capture that fails leaves its own stream as the current one.
+    """
+    with torch.cuda.stream(torch.cuda.current_stream(device)):
+        yield
+
+
+def _refusal(error: RuntimeError) -> str:
+    return (
+        "the policy's step cannot be captured in a CUDA graph: a score or rule of your own may "
+        "read a value on the host, branch on one, or change shapes. Leave `capture` out, or "
+        "see what the docs ask of your own policies. The reason given: "
+        f"{str(error).splitlines()[0]}"
+    )
 
 
 @contextmanager
@@ -206,5 +263,8 @@ def only_if(graph: torch.cuda.CUDAGraph, flag: Tensor) -> Iterator[None]:
     graph.begin_capture_to_if_node(flag)
     try:
         yield
-    finally:
-        graph.end_capture_to_conditional_node()
+    except BaseException:
+        with suppress(RuntimeError):  # the first error says more
+            graph.end_capture_to_conditional_node()
+        raise
+    graph.end_capture_to_conditional_node()

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from adaptive import UnsupportedError, _device_stack, _pieces, generate
 from adaptive import policies as p
+from adaptive._capturable import NotCapturableError, OnlyCapturable
+from adaptive._device_stack import ExactDeviceStack
 from adaptive._families import Readout
 from adaptive.calibration import InvalidArgumentError
 from adaptive.policies import Features, Policy, State
@@ -258,6 +260,73 @@ class Asking(p.AbstractRule):
 
     def knobs(self, trace: Any, *, size: int = 64) -> tuple[float, ...]:
         return (self.threshold,)
+
+
+@dataclass(frozen=True)
+class Doing(Asking):
+    """Does something else that a CUDA graph cannot hold."""
+
+    what: str = ""
+
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        stop = score > self.threshold
+        if self.what == "choose by mask":
+            score[stop].sum()
+        elif self.what == "find places":
+            stop.nonzero()
+        elif self.what == "compare":
+            torch.equal(stop, ~stop)
+        elif self.what == "repeat":
+            score.repeat_interleave(stop.long())
+        return stop, state
+
+
+@pytest.mark.parametrize("capture", ON_DEVICE)
+@pytest.mark.parametrize("what", ["choose by mask", "find places", "compare", "repeat"])
+def test_what_a_graph_cannot_hold_is_found_before_a_capture(
+    what: str, capture: Any, helpers: Any, taped: Any
+) -> None:
+    """torch does not get over a capture that failed."""
+    model, ids, given = _given(helpers, "llama", "exact", (6, 4))
+    given["policy"] = replace(given["policy"], rule=Doing(what=what))
+    generate(model, ids, **given)
+    with pytest.raises(UnsupportedError, match=r"cannot be captured .* not permitted"):
+        generate(model, ids, capture=capture, **given)
+    assert taped.made == 0
+
+
+def test_what_a_graph_can_hold_and_what_it_cannot(helpers: Any) -> None:
+    score = torch.arange(4.0)
+    with OnlyCapturable():
+        score[score > 1] = 0.5  # filled in
+        chosen = score[torch.arange(2)]
+        score[torch.arange(2)] = chosen
+        score.copy_(torch.where(score > 0.0, score, 3.0))
+        with pytest.raises(NotCapturableError, match="index_put"):
+            score[score > 1] = torch.zeros(3)
+        with pytest.raises(NotCapturableError, match="_to_copy"):
+            score.to("meta")
+    assert score.tolist() == [3.0, 1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("capture", ON_DEVICE)
+@pytest.mark.parametrize("error", [RuntimeError("first"), torch.OutOfMemoryError("first")])
+def test_the_first_error_of_a_capture_is_told(
+    error: RuntimeError, capture: Any, helpers: Any, taped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ending a capture that failed fails as well, and would hide that memory ran out."""
+    model, ids, given = _given(helpers, "llama", "exact", (6,))
+    carry = ExactDeviceStack.carry
+
+    def failing(stack: ExactDeviceStack, segment: int, *, alone: bool) -> None:
+        if taped.made:
+            raise error
+        carry(stack, segment, alone=alone)
+
+    monkeypatch.setattr(ExactDeviceStack, "carry", failing)
+    memory = isinstance(error, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError if memory else UnsupportedError, match="first"):
+        generate(model, ids, capture=capture, **given)
 
 
 @pytest.mark.parametrize("capture", ON_DEVICE)

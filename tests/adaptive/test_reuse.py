@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,9 +13,10 @@ import tape
 import torch
 from torch import Tensor
 
-from adaptive import attach_exits, generate, get_exits
+from adaptive import _device_stack, attach_exits, generate, get_exits
+from adaptive import policies as p
 from adaptive._reuse import _kept, stretched
-from adaptive.policies import Policy
+from adaptive.policies import Features, Policy, State
 
 MODES = ("exact", "propagate", "verify")
 LENGTHS = (6, 3, 5)
@@ -66,6 +67,41 @@ def test_the_next_call_captures_nothing(
     assert made[2] == made[1]
     if capture == "step":  # in `verify` mode what settles is a graph of its own
         assert made[-1] == 1 + (mode == "verify")
+
+
+@dataclass(frozen=True)
+class DeepFrom(p.AbstractRule):
+    """Stops at the first exit for so many tokens; later ones go to full depth."""
+
+    first: int
+
+    def init(self, batch_size: int, *, device: torch.device) -> State:
+        return {}
+
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        return features.position < self.first, state
+
+    def with_knob(self, knob: float) -> DeepFrom:
+        return self
+
+    def knobs(self, trace: Any, *, size: int = 64) -> tuple[float, ...]:
+        return (float("inf"),)
+
+
+@pytest.mark.parametrize("capture", ["segments", "step"])
+@pytest.mark.parametrize("mode", MODES)
+def test_pieces_of_a_bucket_that_one_comes_back_to(
+    mode: Any, capture: Any, helpers: Any, taped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those first needed then read what that bucket's ``begin`` writes, not a later one's."""
+    monkeypatch.setattr(_device_stack, "_BUCKET", 8)
+    model, plain = helpers.tiny("llama"), helpers.tiny("llama")
+    policy = Policy(p.NoScore(), DeepFrom(3), stages=(0, 1, 2), mode=mode)
+    for length, new in ((3, 3), (12, 12), (1, 7), (5, 3)):
+        ids, _ = helpers.prompts((length,))
+        given = {"max_new_tokens": new, "max_pending": 1}
+        text = _texts(plain, policy, ids, None, None, **given)
+        assert torch.equal(_texts(model, policy, ids, None, capture, **given), text)
 
 
 def test_noise_is_that_of_the_calls_own_units(model: Any, helpers: Any, taped: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from helpers import mixed, never, prompts, tiny
 from torch import Tensor
 
-from adaptive import attach_exits, generate
+from adaptive import Policy, UnsupportedError, attach_exits, generate
 from adaptive._device_stack import DeviceStack
 from adaptive._exits import require_exits
 from adaptive._transfer import sent
+from adaptive.policies import Features, FixedStage, NoScore, State
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +61,45 @@ def test_a_captured_step_is_the_hosts(name: str, mode: str, capture: Any) -> Non
     assert torch.equal(ours.sequences, theirs.sequences)
     assert torch.equal(ours.exit_stages, theirs.exit_stages)
     assert torch.equal(ours.agreement, theirs.agreement)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("capture", [None, "none", "segments", "step"])
+def test_a_model_on_another_device_than_the_current_one(capture: Any) -> None:
+    model = tiny("llama")
+    policy, exits = mixed(model, "exact"), require_exits(model)
+    ids, mask = prompts((9, 4, 7))
+    settings = {"policy": policy, "max_new_tokens": NEW, "do_sample": False}
+    here = generate(model, ids, attention_mask=mask, **settings)
+    model.to("cuda:1")
+    attach_exits(model, exits)
+    given = {"attention_mask": mask.to("cuda:1"), "capture": capture}
+    there = generate(model, ids.to("cuda:1"), **given, **settings)
+    assert torch.equal(here, there.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+@dataclass(frozen=True)
+class Asking(FixedStage):
+    """Reads a score on the host."""
+
+    def decide(self, features: Features, score: Tensor, state: State) -> tuple[Tensor, State]:
+        bool((score > 0).any())
+        return super().decide(features, score, state)
+
+
+@pytest.mark.parametrize("capture", ["segments", "step"])
+def test_a_policy_that_cannot_be_captured_spoils_no_capture(capture: Any) -> None:
+    model = tiny("llama").cuda()
+    attach_exits(model, (1, 2, 4))
+    ids = prompts((6,))[0].cuda()
+    settings = {"max_new_tokens": NEW, "capture": capture}
+    asking = Policy(NoScore(), Asking(0), stages=(0, 1))
+    with pytest.raises(UnsupportedError, match="not permitted"):
+        generate(model, ids, policy=asking, **settings)
+    found = generate(model, ids, policy=never("exact"), **settings)
+    plain = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

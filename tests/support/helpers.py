@@ -135,7 +135,7 @@ def tiny(name: str, *, exits: bool = True, **changes: Any) -> PreTrainedModel:
     prefix, settings = MODELS[name]
     config = getattr(transformers, _CONFIGS.get(prefix, f"{prefix}Config"))(**settings | changes)
     kind = {"GPT2": "GPT2LMHeadModel"}.get(prefix, f"{prefix}ForCausalLM")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = getattr(transformers, kind)(config).eval()
         plant(model)

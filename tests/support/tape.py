@@ -31,6 +31,8 @@ class TapeGraph:
     def __init__(self) -> None:
         type(self).made += 1
         self.tape: list[Any] = []
+        #: Whether an operator was not permitted: as in torch, ending the capture fails as well.
+        self.broken = False
         self._open = [self.tape]
 
     def begin_capture_to_if_node(self, flag: Tensor) -> None:
@@ -41,6 +43,8 @@ class TapeGraph:
         self._open.append(body)
 
     def end_capture_to_conditional_node(self) -> None:
+        if self.broken:
+            raise RuntimeError("capture_end() called before capture_begin().")
         self._open.pop()
 
     def note(self, work: Callable[[], None]) -> None:
@@ -63,15 +67,16 @@ def _play(tape: list[Any]) -> None:
 class _Writing(TorchDispatchMode):
     """Writes operators down; what they change is put back at the end."""
 
-    def __init__(self, graph: TapeGraph) -> None:
+    def __init__(self, graph: TapeGraph, stream: Any) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self.stream = graph, stream
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
         if schema.name.removeprefix("aten::") in REFUSED:
+            self.graph.broken = True
             raise RuntimeError(f"operation not permitted when stream is capturing: {schema.name}")
         written = [
             value
@@ -84,6 +89,9 @@ class _Writing(TorchDispatchMode):
                 whole = value.new_empty(0).set_(value.untyped_storage())
                 self.before[place] = (whole, whole.clone())
         out = func(*args, **kwargs)
+        for value in (*written, *tree_leaves(out)):
+            # what other streams or devices do meanwhile is in no graph
+            assert not isinstance(value, Tensor) or value.device == self.stream.device
         fresh = [
             value
             for value, returned in zip(
@@ -107,23 +115,32 @@ def _again(func: Any, args: Any, kwargs: Any, fresh: list[Tensor]) -> None:
 
 
 @contextmanager
-def _capture(graph: TapeGraph, pool: Any = None) -> Iterator[None]:
-    mode = _Writing(graph)
-    with mode:
-        yield
-    for whole, old in mode.before.values():
-        whole.copy_(old)
+def _capture(
+    graph: TapeGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
+    mode = _Writing(graph, stream)
+    try:
+        with mode:
+            yield
+    except BaseException as error:
+        raise RuntimeError("Capture must end on the same stream it began on.") from error
+    finally:
+        for whole, old in mode.before.values():
+            whole.copy_(old)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> type[TapeGraph]:
     """Put the stand-in where the library looks for CUDA graphs."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
     for name, value in {
         "CUDAGraph": TapeGraph,
         "graph": _capture,
         "graph_pool_handle": lambda: None,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "Stream": stream,
+        "current_stream": stream,
         "stream": lambda _: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

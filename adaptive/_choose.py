@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from adaptive._device import random_state, set_random_state
+
 
 class AbstractNoise(abc.ABC):
     """Standard exponential noise per generated token; the same token always gets the same noise.
@@ -109,12 +111,11 @@ class StreamNoise(AbstractNoise):
         """Draw, the first time that this index is asked for; afterwards read the same."""
         if index in self._drawn:
             return self._drawn[index]
-        generator = _generator(device)
-        now = generator.get_state()
+        now = random_state(device)
         if index in self._before:
-            generator.set_state(self._before[index])
+            set_random_state(self._before[index], device)
             again = draw()
-            generator.set_state(now)
+            set_random_state(now, device)
             return again
         self._device = device
         self._before[index] = now
@@ -133,7 +134,7 @@ class StreamNoise(AbstractNoise):
     def rewind(self, index: int) -> None:
         """See :class:`AbstractNoise`: the generator is where it was before those draws."""
         if index in self._before:
-            _generator(self._device).set_state(self._before[index])
+            set_random_state(self._before[index], self._device)
 
 
 @dataclass(frozen=True)
@@ -208,14 +209,6 @@ class Chooser:
             for place, slot in enumerate(slots)
         ]
         return torch.stack(chosen, dim=1)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """Torch's global generator of a device."""
-    if device.type == "cuda":
-        place = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[place]
-    return torch.default_generator
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class ClassifierBench:
         size = _rows_of_run(self.stages, self.batch_size)
         own: dict[int, tuple[Tensor, Tensor]] = {}
         for start in share(range(0, len(test), size)):
-            rows = torch.arange(start, min(len(test), start + size))
+            rows = torch.arange(start, min(len(test), start + size), device="cpu")
             run = predict_rows(
                 self.stages,
                 take_rows(test.inputs, rows),
@@ -172,7 +172,8 @@ class ClassifierBench:
 
         By seconds per row in deployed batches.
         """
-        rows = torch.arange(min(len(self.split.fit), _TIMED_BATCHES * self.batch_size))
+        count = min(len(self.split.fit), _TIMED_BATCHES * self.batch_size)
+        rows = torch.arange(count, device="cpu")
         inputs = take_rows(self.split.fit.inputs, rows)
         round_of = functools.partial(
             seconds_per_row, self.stages, inputs, [None, *members], batch_size=self.batch_size

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from adaptive._classifier_losses import ClassLossName, RowLoss, row_loss
+from adaptive._device import finish
 from adaptive._distributed import gathered, processes, share
 from adaptive._examples import Examples, read_examples
 from adaptive._predict import features, predict_rows, stages_of
@@ -103,7 +104,7 @@ def stage_table(
         total=-(-len(units) // processes()), desc="tracing", unit="input", progress=progress
     ) as shown:
         for start in share(range(0, len(units), batch_size)):
-            rows = torch.arange(start, min(len(units), start + batch_size))
+            rows = torch.arange(start, min(len(units), start + batch_size), device="cpu")
             batch = stages.prepared(take_rows(units.inputs, rows))
             outputs, seconds = _outputs(stages, batch)
             keys = unit_keys(tuple(units.ids[i] for i in rows.tolist()))
@@ -170,7 +171,7 @@ def seconds_per_row(
     ndarray of float64 [n_batches, n_policies]
     """
     found: list[list[float]] = []
-    for rows in torch.arange(count_rows(inputs)).split(batch_size):
+    for rows in torch.arange(count_rows(inputs), device="cpu").split(batch_size):
         batch = take_rows(inputs, rows)
         found.append([])
         for policy in policies:
@@ -256,8 +257,7 @@ def _outputs(stages: AbstractStages, batch: object) -> tuple[list[StageOutput], 
         except StopIteration:
             return found, seconds
         assert output is not None
-        if output.logits.is_cuda:
-            torch.cuda.synchronize(output.logits.device)
+        finish(output.logits.device)
         seconds.append(time.perf_counter() - start)
         found.append(output)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from adaptive._device import finish
 from adaptive._executor import AbstractExecutor, TokenExecutor
 from adaptive._families._rope import room_for
 from adaptive._tier import Tier, executor_for
@@ -210,13 +211,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     On a CPU the process's own time is taken, which other processes disturb less.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    _wait(device)
+    finish(device)
     start = clock()
     work()
-    _wait(device)
+    finish(device)
     return clock() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -203,13 +203,13 @@ def predict_rows(
     total = count_rows(inputs)
     if total == 0:
         raise InvalidArgumentError("batch", "no rows", "a batch of at least one row")
-    keys = torch.arange(total)
+    keys = torch.arange(total, device="cpu")
     if units is not None:
         keys = row_integers("units", units, rows=total).cpu()
     size = total if batch_size is None else batch_size
     parts = []
     for start in range(0, total, size):
-        rows = torch.arange(start, min(total, start + size))
+        rows = torch.arange(start, min(total, start + size), device="cpu")
         part = inputs if len(rows) == total else take_rows(inputs, rows)
         parts.append(_run(stages, stages.prepared(part), policy, keys[rows], seed))
     found = _joined(parts)

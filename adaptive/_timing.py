@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptive._deployment import Deployment
+from adaptive._device import finish
 from adaptive._executor import AbstractExecutor
 from adaptive._exits import Exits
 from adaptive._families._rope import room_for
@@ -94,12 +95,10 @@ def _segment_seconds(
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of a piece of work, the device's own included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     return time.perf_counter() - start
 
 

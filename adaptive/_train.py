@@ -266,11 +266,11 @@ def _fit_translators(
 ) -> None:
     """Minimise the cross-entropy of the early readouts against the final distribution."""
     device = exits.down.device
-    generator = torch.Generator().manual_seed(rng)
+    generator = torch.Generator("cpu").manual_seed(rng)
     with torch.no_grad():
         # a random projection down and zero up: the translator starts as the identity
         scale = exits.down.shape[-1] ** -0.5
-        exits.down.copy_(torch.randn(exits.down.shape, generator=generator) * scale)
+        exits.down.copy_(torch.randn(exits.down.shape, generator=generator, device="cpu") * scale)
     weights = {"down": exits.down, "up": exits.up, "shift": exits.shift}
     learned = {
         name: nn.Parameter(value.detach().float().clone()) for name, value in weights.items()
@@ -278,7 +278,7 @@ def _fit_translators(
     optimizer = torch.optim.AdamW(learned.values(), lr=training.learning_rate, weight_decay=0.0)
     first = _resume(store.tensors(), learned, optimizer)
     for step in bar(range(training.steps), desc="translators", unit="step", progress=progress):
-        index = torch.randint(len(slots), (_MINIBATCH,), generator=generator)
+        index = torch.randint(len(slots), (_MINIBATCH,), generator=generator, device="cpu")
         if step < first:
             continue  # the draw above keeps a resumed run on the same random numbers
         rate = training.learning_rate * (1 - step / training.steps)

@@ -153,7 +153,7 @@ def _states(
     bounds = (0, *exits.layers)
     with bar(total=len(units), desc="hidden states", unit="input", progress=progress) as shown:
         for start in range(0, len(units), size):
-            rows = torch.arange(start, min(len(units), start + size))
+            rows = torch.arange(start, min(len(units), start + size), device="cpu")
             run = EncoderRun(stages.model, stages.prepared(take_rows(units.inputs, rows)))
             read = []
             for low, high in zip(bounds, exits.layers, strict=False):
@@ -201,8 +201,9 @@ def fit_classifier(states: Tensor, targets: Tensor, *, steps: int) -> tuple[Tens
 @torch.enable_grad()
 def _solve(states: Tensor, targets: Tensor, penalty: float, steps: int) -> tuple[Tensor, Tensor]:
     """Minimise mean cross-entropy plus a ridge penalty; convex, so no seed matters."""
-    weight = torch.zeros(targets.shape[1], states.shape[1], requires_grad=True)
-    bias = torch.zeros(targets.shape[1], requires_grad=True)
+    like = {"device": states.device, "requires_grad": True}
+    weight = torch.zeros(targets.shape[1], states.shape[1], **like)
+    bias = torch.zeros(targets.shape[1], **like)
     solver = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -107,7 +107,7 @@ class StatisticsGate(AbstractScore):
             Readouts of the fit split.
         agree : array_like of bool [n_tokens, n_exits]
         """
-        given = torch.as_tensor(np.asarray(logits, dtype=np.float32))
+        given = torch.from_numpy(np.array(logits, dtype=np.float32))
         label = np.asarray(agree, dtype=bool)
         check_labels("logits", tuple(given.shape), label.shape)
         return cls(*_logistic(statistics_of(given).double().numpy(), label))

@@ -82,18 +82,19 @@ class HaltingGate(AbstractScore):
         rng : int
             Seed of the initial weights.
         """
-        states = torch.as_tensor(np.asarray(hidden, dtype=np.float32))
-        target = torch.as_tensor(np.asarray(agree, dtype=np.float32))
+        states = torch.from_numpy(np.array(hidden, dtype=np.float32))
+        target = torch.from_numpy(np.array(agree, dtype=np.float32))
         check_labels("hidden", tuple(states.shape), tuple(target.shape))
         before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
-        seed = torch.Generator().manual_seed(rng)
+        seed = torch.Generator("cpu").manual_seed(rng)
         sizes = [2 * states.shape[2] + embedding, width, width, width, 1]
         weights = [
-            (torch.randn(b, a, generator=seed) / math.sqrt(a)).requires_grad_()
+            (torch.randn(b, a, generator=seed, device="cpu") / math.sqrt(a)).requires_grad_()
             for a, b in pairwise(sizes)
         ]
-        biases = [torch.zeros(b, requires_grad=True) for b in sizes[1:]]
-        table = (0.1 * torch.randn(states.shape[1], embedding, generator=seed)).requires_grad_()
+        biases = [torch.zeros(b, requires_grad=True, device="cpu") for b in sizes[1:]]
+        table = 0.1 * torch.randn(states.shape[1], embedding, generator=seed, device="cpu")
+        table.requires_grad_()
         positive = target.mean().clamp(1e-6, 1 - 1e-6)
         balance = torch.where(target > 0, 0.5 / positive, 0.5 / (1 - positive))
         optimiser = torch.optim.Adam([*weights, *biases, table], lr=0.01)

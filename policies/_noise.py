@@ -24,7 +24,9 @@ def unit_keys(unit_ids: Sequence[str]) -> Tensor:
     """
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in unit_ids)
     return torch.tensor(
-        [int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64
+        [int.from_bytes(digest, "little", signed=True) for digest in digests],
+        dtype=torch.int64,
+        device="cpu",
     )
 
 

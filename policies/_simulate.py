@@ -54,7 +54,7 @@ def exit_stages(
     if not isinstance(rule, AbstractRule):
         raise InvalidTypeError("rule", rule, "an AbstractRule (of a policy: `policy.rule`)")
     scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
-    found = torch.full(scores.shape[:2], scores.shape[2], dtype=torch.int64)
+    found = torch.full(scores.shape[:2], scores.shape[2], dtype=torch.int64, device="cpu")
     walk = _walk(rule, rule.decide, trace, stages=stages, seed=seed, absorbing=True)
     for token, stage, stop in walk:
         found[:, token] = torch.where(stop, stage, found[:, token])
@@ -108,7 +108,7 @@ def largest(
     the token stops early at all. NaN counts as minus infinity.
     """
     scores, present = _padded(np.asarray(trace.scores, dtype=np.float32), trace.lengths)
-    found = torch.full(scores.shape[:2], float("-inf"))
+    found = torch.full(scores.shape[:2], float("-inf"), device="cpu")
     for token, _, value in _walk(rule, ask, trace, stages=stages, seed=seed, absorbing=False):
         found[:, token] = torch.fmax(found[:, token], value)
     values: NDArray[np.float32] = found.numpy()[present]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,7 +19,9 @@ from encoders import some_inputs, tiny_encoder
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import adaptive._costs
 import adaptive._decode
+import adaptive._timing
 import adaptive._verify
 from adaptive import (
     ExitTraining,
@@ -32,12 +34,14 @@ from adaptive import (
     predict,
     train_exits,
 )
+from adaptive._choose import StreamNoise
 from adaptive._decode import walk
 from adaptive._exits import require_exits
 from adaptive.calibration import UniformAudits
 from adaptive.classifiers import StageOutput, train_classifier_exits
 from adaptive.monitoring import Monitor
-from adaptive.policies import MaxProbability, Mode, ProbeScore, Threshold
+from adaptive.policies import MaxProbability, Mode, Patience, ProbeScore, Threshold
+from adaptive.policies import exit_stages as simulate
 
 DEVICE = stand_in.DEVICE
 CPU = torch.device("cpu")
@@ -269,6 +273,36 @@ def test_an_end_token_costs_one_more_read(device: stand_in.second_device, walks:
     assert sum(ends.values()) == pytest.approx(sum(plain.values()) + 1)
 
 
+# -- times and random numbers of any device --------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [adaptive._costs.seconds_of, adaptive._timing.seconds])
+def test_times_end_when_the_device_is_done(
+    seconds: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    backend = torch.get_device_module(DEVICE)
+    monkeypatch.setattr(backend, "synchronize", lambda device=None: found.append(str(device)))
+    seconds(lambda: found.append("work"), DEVICE)
+    assert found == [str(DEVICE), "work", str(DEVICE)]
+
+
+def test_noise_is_drawn_anew_from_the_devices_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = torch.get_device_module(DEVICE)
+    states = [torch.full((8,), count, dtype=torch.uint8) for count in range(3)]
+    given = iter(states)
+    taken: list[Tensor] = []
+    monkeypatch.setattr(backend, "get_rng_state", lambda device=None: next(given))
+    monkeypatch.setattr(backend, "set_rng_state", lambda state, device=None: taken.append(state))
+    noise, like = StreamNoise(), torch.ones(1, 4, device=DEVICE)
+    noise.at(0, like)
+    noise.set_aside(1)
+    noise.at(0, like)
+    assert [int(state[0]) for state in taken] == [0, 1]
+    noise.rewind(0)
+    assert int(taken[-1][0]) == 0
+
+
 # -- policies -------------------------------------------------------------------------------------
 
 
@@ -335,6 +369,28 @@ def test_exits_are_trained_and_certified_on_the_device() -> None:
         assert np.array_equal(losses, there.losses[name])
     assert np.allclose(here.scores, there.scores, rtol=0.05, atol=0.05)
     assert (promise.n, promise.risk, promise.loss) == (other.n, other.risk, other.loss)
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    """Tensors that name no device are on the device, as ``torch.set_default_device`` asks."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+def test_the_device_may_be_torchs_default(default_device: None) -> None:
+    """What is computed beside the model stays with the host."""
+    model = helpers.tiny("llama", exits=False).to(DEVICE)
+    train_exits(model, _prompts(60, 1), layers=helpers.EXITS, training=TRAINING, progress=False)
+    given = {"new_tokens": 4, "members": 3, "progress": False}
+    assert calibrate(model, _prompts(40, 3), 0.4, mode="exact", **given).certificate is not None
+    trace = collect_trace(model, _prompts(12, 2), new_tokens=6, progress=False)
+    assert simulate(Patience(2), trace).shape == (trace.n_tokens,)
+    assert Patience(2).knobs(trace, size=8)
+    staged = Staged()
+    inputs, labels = torch.randn(60, 6), torch.arange(60) % 4
+    assert calibrate(staged, (inputs, labels), 0.4, loss="excess_error", progress=False)
 
 
 class Staged(nn.Module):

@@ -25,6 +25,10 @@ class OnlyCapturable(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # under `torch.inference_mode` operators come here that are made of others
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         if _waits(func, args, kwargs):
             raise NotCapturableError(f"operation not permitted in a CUDA graph: {func.name()}")
         return func(*args, **kwargs)

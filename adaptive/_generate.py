@@ -45,7 +45,7 @@ from adaptive._request import (
     transformers_frame,
     with_stop_strings,
 )
-from adaptive._reuse import Plan, keep, stretched, take
+from adaptive._reuse import Plan, keep, stretched, surroundings, take
 from adaptive._settings import (
     certificate_mismatches,
     check_processors,
@@ -343,6 +343,7 @@ def _prepared(
             most=most,
             seed=own["seed"],
             head=version_of(model.get_output_embeddings()),
+            around=surroundings(input_ids.device),
         )
     kept = take(model, plan, executor, padding=hidden, positions=slots)
     if kept is not None:

@@ -41,6 +41,8 @@ class Plan:
         Of noise that a rule reads.
     head : tuple, optional
         Version of the head's weights: rows that are gathered from them are not gathered again.
+    around : tuple
+        How torch is set, of :func:`surroundings`.
     """
 
     policy: Policy
@@ -52,6 +54,7 @@ class Plan:
     most: int
     seed: int
     head: tuple[tuple[int, int], ...] | None
+    around: tuple[object, ...]
 
     def serves(self, other: Plan) -> bool:
         """Whether what was captured for this plan is right for another one."""
@@ -59,9 +62,21 @@ class Plan:
         return (
             (own.score is asked.score and own.rule is asked.rule and self.exits is other.exits)
             and (own.stages, own.mode, self.head) == (asked.stages, asked.mode, other.head)
+            and self.around == other.around
             and (self.capture, self.compiled, self.batch, self.length, self.most, self.seed)
             == (other.capture, other.compiled, other.batch, other.length, other.most, other.seed)
         )
+
+
+def surroundings(device: torch.device) -> tuple[object, ...]:
+    """How torch is set where a call runs: inference mode, autocast, the device's current stream.
+
+    Tensors of inference mode may not be changed outside, and on another stream nobody has waited
+    for the last call to be done.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return torch.is_inference_mode_enabled(), cast, stream
 
 
 #: One per model: the keys and values of another one would lie about unused.

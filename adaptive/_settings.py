@@ -105,8 +105,16 @@ def decoding_settings(
         ],
         "eos_token_id": [] if eos is None else sorted(int(token) for token in eos.flatten()),
         "max_new_tokens": int(new_tokens),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _dtype(model),
     }
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    """Name what is computed in, which ``torch.autocast`` changes."""
+    names, kind = str(model.dtype), model.device.type
+    if torch.is_autocast_enabled(kind):
+        names += f" under autocast to {torch.get_autocast_dtype(kind)}"
+    return names.replace("torch.", "")
 
 
 def exits_fingerprint(exits: Exits) -> str:

@@ -41,7 +41,7 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
     tier : {"native", "generic"}, optional
         ``None`` takes the native tier if the family has one and its logits on a short text equal
         the model's own, else the generic tier, whose logits must be the model's own too (both
-        checked once per model).
+        checked once per model). Under ``torch.autocast`` it is the generic tier too.
 
     Raises
     ------
@@ -59,16 +59,22 @@ def executor_for(model: PreTrainedModel, *, tier: Tier | None = None) -> Abstrac
         )
     if tier == "generic":
         return _replaying(model)
+    if torch.is_autocast_enabled(model.device.type):  # the model's own modules know what to cast
+        return _without_native(model, tier, "under `torch.autocast`")
     with lock_of(model):  # packing is for one thread, and what another records looks like a hook
         executor = _native.get(model)
         if executor is None or executor.stale(model):
             _native.pop(model, None)
             reason = why_not_native(model) or _self_check(model)
             if reason is not None:
-                if tier == "native":
-                    raise UnsupportedError(f"`tier='native'` is not possible: {reason}")
-                return _replaying(model)
+                return _without_native(model, tier, reason)
         return copy.copy(_native[model])  # packed weights are shared, keys and values are not
+
+
+def _without_native(model: PreTrainedModel, tier: Tier | None, reason: str) -> AbstractExecutor:
+    if tier == "native":
+        raise UnsupportedError(f"`tier='native'` is not possible: {reason}")
+    return _replaying(model)
 
 
 def forget(model: PreTrainedModel) -> None:

@@ -947,3 +947,33 @@ def test_a_certificate_of_full_computation_is_no_promise_of_speed() -> None:
     assert output.certified is False
     assert output.mismatches == ()
     assert output.mean_depth == helpers.LAYERS
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate", "verify"])
+def test_autocast_is_the_models_own(mode: Any, helpers: Any) -> None:
+    """As with ``model.generate``; keys and values of the native tier have the weights' dtype."""
+    model = helpers.tiny("llama")
+    ids, mask = helpers.prompts((6, 3))
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model.generate(ids, **settings)
+        assert torch.equal(generate(model, ids, policy=helpers.never(mode), **settings), plain)
+        mixed = generate(model, ids, policy=helpers.mixed(model, mode), **settings)
+        assert mixed.shape == plain.shape
+        with pytest.raises(UnsupportedError, match="autocast"):
+            generate(model, ids, policy=helpers.never(mode), tier="native", **settings)
+    here = generate(model, ids, policy=helpers.never(mode), tier="native", **settings)
+    assert here.shape == plain.shape
+
+
+def test_a_certificate_earned_without_autocast_does_not_apply_under_it(helpers: Any) -> None:
+    model = helpers.tiny("llama")
+    policy = helpers.certified(model, helpers.mixed(model, "exact"), new_tokens=8)
+    ids, _ = helpers.prompts((6,))
+    given = {"policy": policy, "max_new_tokens": 8, "do_sample": False}
+    generate(model, ids, **given)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(CertificateMismatchError, match="autocast to bfloat16"),
+    ):
+        generate(model, ids, **given)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptive import _device_stack, attach_exits, generate, get_exits
 from adaptive import policies as p
-from adaptive._reuse import _kept, stretched
+from adaptive._reuse import _kept, stretched, surroundings
 from adaptive.policies import Features, Policy, State
 
 MODES = ("exact", "propagate", "verify")
@@ -115,6 +115,30 @@ def test_noise_is_that_of_the_calls_own_units(model: Any, helpers: Any, taped: A
         assert torch.equal(_texts(model, policy, ids, mask, "step", units=units, **sampled), text)
         assert torch.equal(units, own)
     assert taped.made == 1
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_calls_inside_and_outside_inference_mode(
+    modes: tuple[bool, bool], model: Any, helpers: Any, taped: Any
+) -> None:
+    policy = helpers.mixed(model, "exact")
+    ids, mask = helpers.prompts(LENGTHS)
+    expected = _texts(helpers.tiny("llama"), policy, ids, mask, None)
+    for inside in modes:
+        with torch.inference_mode(inside):
+            text = _texts(model, policy, ids, mask, "step")
+        assert torch.equal(text, expected)
+    assert taped.made == 2
+
+
+def test_streams_do_not_share_what_is_kept(model: Any, helpers: Any, taped: Any) -> None:
+    """On another one, the next call would write where the last one may still be at work."""
+    ids, mask = helpers.prompts(LENGTHS)
+    _texts(model, helpers.mixed(model, "exact"), ids, mask, "step")
+    plan = _kept[model][0]
+    assert plan.around == surroundings(torch.device("cpu"))
+    assert plan.serves(replace(plan))
+    assert not plan.serves(replace(plan, around=(*plan.around[:-1], "another stream")))
 
 
 CHANGES: dict[str, Callable[..., tuple[Any, ...]]] = {

@@ -74,6 +74,10 @@ class _Writing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # what comes here under `torch.inference_mode` may be made of other operators
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         schema = func._schema
         if schema.name.removeprefix("aten::") in REFUSED:
             self.graph.broken = True

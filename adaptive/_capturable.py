@@ -23,6 +23,9 @@ class OnlyCapturable(TorchDispatchMode):
     the capture, the allocator with its pool, and so does every capture after it.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has not typed it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with self:  # under `torch.inference_mode` operators come here that are made of others

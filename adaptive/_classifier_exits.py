@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaptive._device import follow
 from adaptive._encoders import encoder_layers
 from adaptive._exits import ExitsRecord, layer_counts
 from adaptive._exits_files import ExitsFiles
@@ -182,6 +183,7 @@ class ClassifierExits(nn.Module):
             if not _FILES.beside(home):
                 return None
             ClassifierExits.from_pretrained(home).attach(model)
+        follow(_attached[model], model.device)
         return _attached[model]
 
 

@@ -1,17 +1,24 @@
-"""What is asked of a device that may be of any kind: to be done, and the state of its generator."""
+"""What is asked of a device that may be of any kind."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def finish(device: torch.device) -> None:
     """Wait until a device has done all that was asked of it; a CPU has."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(*_named(device))
+
+
+def follow(module: nn.Module, device: torch.device) -> None:
+    """Move what belongs to a model to where the model was moved."""
+    if any(parameter.device != device for parameter in module.parameters()):
+        with torch.inference_mode(False):  # it outlives the call
+            module.to(device)
 
 
 def random_state(device: torch.device) -> Tensor:

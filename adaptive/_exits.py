@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaptive._device import follow
 from adaptive._exits_files import ExitsFiles
 from adaptive._families import Readout, layers_of
 from adaptive._fingerprint import lineage, related
@@ -325,6 +326,7 @@ def get_exits(model: PreTrainedModel) -> Exits | None:
         if not _FILES.beside(home):
             return None
         attach_exits(model, Path(home))
+    follow(_attached[model], model.device)
     return _attached[model]
 
 

@@ -336,6 +336,7 @@ def _prepared(
         plan = Plan(
             policy,
             exits,
+            tuple(parameter.data_ptr() for parameter in exits.parameters()),
             own["capture"],
             own["compiled"],
             batch=rows,

@@ -29,6 +29,8 @@ class Plan:
     policy : Policy
         Its score and rule are compared as objects: what they hold is part of what was captured.
     exits : Exits
+    exits_at : tuple of int
+        Addresses of their parameters, which are others once they were moved and moved back.
     capture : {"step", "segments"}
     compiled : bool
     batch : int
@@ -47,6 +49,7 @@ class Plan:
 
     policy: Policy
     exits: Exits
+    exits_at: tuple[int, ...]
     capture: Capture
     compiled: bool
     batch: int
@@ -62,7 +65,7 @@ class Plan:
         return (
             (own.score is asked.score and own.rule is asked.rule and self.exits is other.exits)
             and (own.stages, own.mode, self.head) == (asked.stages, asked.mode, other.head)
-            and self.around == other.around
+            and (self.exits_at, self.around) == (other.exits_at, other.around)
             and (self.capture, self.compiled, self.batch, self.length, self.most, self.seed)
             == (other.capture, other.compiled, other.batch, other.length, other.most, other.seed)
         )

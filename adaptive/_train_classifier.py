@@ -201,7 +201,7 @@ def fit_classifier(states: Tensor, targets: Tensor, *, steps: int) -> tuple[Tens
 @torch.enable_grad()
 def _solve(states: Tensor, targets: Tensor, penalty: float, steps: int) -> tuple[Tensor, Tensor]:
     """Minimise mean cross-entropy plus a ridge penalty; convex, so no seed matters."""
-    like = {"device": states.device, "requires_grad": True}
+    like: dict[str, Any] = {"device": states.device, "requires_grad": True}
     weight = torch.zeros(targets.shape[1], states.shape[1], **like)
     bias = torch.zeros(targets.shape[1], **like)
     solver = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")

@@ -151,6 +151,7 @@ CHANGES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "no padding": lambda model, policy, ids, mask: (model, policy, ids.clamp(min=1), None),
     "new weights": lambda model, *given: (_with_weights(model), *given),
     "a head trained in place": lambda model, *given: (_with_head(model), *given),
+    "exits that were away": lambda model, *given: (_with_exits_elsewhere(model), *given),
     "new exits": lambda model, *given: (_with_exits(model), *given),
 }
 
@@ -164,6 +165,12 @@ def _with_weights(model: Any) -> Any:
 @torch.no_grad()
 def _with_head(model: Any) -> Any:
     model.lm_head.weight.mul_(-1.0)
+    return model
+
+
+def _with_exits_elsewhere(model: Any) -> Any:
+    for parameter in get_exits(model).parameters():
+        parameter.data = parameter.data.clone()
     return model
 
 

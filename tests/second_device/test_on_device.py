@@ -371,6 +371,26 @@ def test_exits_are_trained_and_certified_on_the_device() -> None:
     assert (promise.n, promise.risk, promise.loss) == (other.n, other.risk, other.loss)
 
 
+def test_exits_go_with_their_model() -> None:
+    """Attached or trained on the CPU, before the model is moved."""
+    model = helpers.tiny("llama", exits=False)
+    train_exits(model, _prompts(60, 1), layers=helpers.EXITS, training=TRAINING, progress=False)
+    policy = Policy(ProbeScore(), Threshold(-0.5), stages=(0, 1, 2))
+    ids, mask = helpers.prompts((9, 4, 7))
+    settings = {"policy": policy, "max_new_tokens": NEW, "return_dict_in_generate": True}
+    here = generate(model, ids, attention_mask=mask, **settings)
+    model.to(DEVICE)
+    model.tie_weights()
+    same(here, generate(model, ids.to(DEVICE), attention_mask=mask.to(DEVICE), **settings))
+    encoder = tiny_encoder("bert")
+    inputs = some_inputs(encoder, 40)
+    train_classifier_exits(encoder, inputs, layers=(1, 2), progress=False)
+    policy = Policy(MaxProbability(), Threshold(0.5), stages=(0, 1))
+    stages = predict(encoder, inputs, policy=policy).exit_stages
+    there = predict(encoder.to(DEVICE), inputs, policy=policy)
+    assert torch.equal(there.exit_stages.cpu(), stages)
+
+
 @pytest.fixture
 def default_device() -> Iterator[None]:
     """Tensors that name no device are on the device, as ``torch.set_default_device`` asks."""

@@ -402,10 +402,10 @@ def default_device() -> Iterator[None]:
 def test_the_device_may_be_torchs_default(default_device: None) -> None:
     """What is computed beside the model stays with the host."""
     model = helpers.tiny("llama", exits=False).to(DEVICE)
-    train_exits(model, _prompts(60, 1), layers=helpers.EXITS, training=TRAINING, progress=False)
-    given = {"new_tokens": 4, "members": 3, "progress": False}
-    assert calibrate(model, _prompts(40, 3), 0.4, mode="exact", **given).certificate is not None
-    trace = collect_trace(model, _prompts(12, 2), new_tokens=6, progress=False)
+    train_exits(model, _prompts(20, 1), layers=helpers.EXITS, training=TRAINING, progress=False)
+    given = {"new_tokens": 3, "members": 2, "progress": False}
+    assert calibrate(model, _prompts(16, 3), 0.4, mode="exact", **given).certificate is not None
+    trace = collect_trace(model, _prompts(4, 2), new_tokens=3, progress=False)
     assert simulate(Patience(2), trace).shape == (trace.n_tokens,)
     assert Patience(2).knobs(trace, size=8)
     staged = Staged()

@@ -11,6 +11,8 @@ from adaptive._reach import Reach
 
 #: Above this many queries the group of a key head is not folded into the query rows.
 FOLD_LIMIT = 64
+#: Devices whose fast kernels take a mask and key heads that several query heads share.
+_SHARED_UNDER_MASK = ("cpu",)
 
 
 def attend(
@@ -22,6 +24,10 @@ def attend(
     groups = heads // key_heads
     mask = reach.mask
     if attention.softcap is None and (reach.causal or count > FOLD_LIMIT):
+        shared = groups > 1
+        if shared and mask is not None and query.device.type not in _SHARED_UNDER_MASK:
+            keys, values = (kept.repeat_interleave(groups, dim=1) for kept in (keys, values))
+            shared = False
         attended = F.scaled_dot_product_attention(
             query,
             keys,
@@ -29,7 +35,7 @@ def attend(
             mask,
             is_causal=reach.causal,
             scale=attention.scale,
-            enable_gqa=groups > 1,
+            enable_gqa=shared,
         )
     else:
         # queries that share a key head become rows of one product: keys are read once

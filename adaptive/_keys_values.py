@@ -103,7 +103,7 @@ class KeyValues:
         places = self.places[window]
         if places == self.length:
             return slots
-        return torch.where(slots == self.length, places, slots % places)
+        return (slots % places).masked_fill(slots == self.length, places)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, into: slice | Tensor) -> None:
         """Keep ``[batch, heads, n, width]`` at places."""

@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adaptive import UnsupportedError, _native, attach_exits, generate
+from adaptive import UnsupportedError, _attention, _native, attach_exits, generate
 from adaptive._executor import AbstractExecutor
 from adaptive._families import Readout, _registry, family_of, layers_of
 from adaptive._families._layer import Layer, RootMeanSquare
@@ -261,6 +261,32 @@ def test_long_prompts_in_chunks(name: str, chunk: int, padded: bool) -> None:
     ours = executor.readout(ExactStack(executor, ()).prefill(ids, chunk=chunk))
     executor.end()
     torch.testing.assert_close(ours, theirs[:, -1], atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_key_heads_are_repeated_where_no_kernel_shares_them_under_a_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where attention would otherwise write down all products of a long prompt."""
+    model = helpers.shared("llama")
+    ids, mask = helpers.prompts((150, 90))
+    given = {"policy": helpers.never("exact"), "tier": "native"}
+    expected = _ours(model, ids, mask, output_logits=True, **given)
+    shared: list[bool] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> Tensor:
+        shared.append(enable_gqa)
+        return attention(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(_attention, "_SHARED_UNDER_MASK", ())
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    found = _ours(model, ids, mask, output_logits=True, **given)
+    assert shared
+    assert not any(shared)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
 
 
 _ORIGINAL = {"original_max_position_embeddings": 40, "rope_theta": 10000.0}

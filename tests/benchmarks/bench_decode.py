@@ -29,7 +29,6 @@ import argparse
 import json
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ from workshop import (
     rounds,
     shown,
     stamp,
+    static_call,
 )
 
 from adaptive import attach_exits
@@ -82,22 +82,6 @@ def unchecked() -> Policy:
     policy = Policy(NoScore(), Threshold(), stages=(0,))
     object.__setattr__(policy, "stages", ())
     return policy
-
-
-def _theirs(
-    model: PreTrainedModel, ids: Tensor, new: int, *, compiled: bool = False, **settings: Any
-) -> Callable[[], Any]:
-    """`model.generate` with a static cache; compiled, its forward is compiled as a whole."""
-    common = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    if not compiled:
-        return lambda: model.generate(ids, **common, **settings)
-    fast = torch.compile(model.forward, dynamic=False)
-
-    def run() -> Any:
-        with mock.patch.object(model, "forward", fast):
-            return model.generate(ids, **common, cache_implementation="static")
-
-    return run
 
 
 def part_a(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
@@ -144,7 +128,7 @@ def full_depth(
         ours = {tier: call(model, ids, new, full, tier=tier) for tier in tiers}
         if options.compiled:
             ours["native, compiled"] = call(model, ids, new, full, compiled=True)
-        theirs = {name: _theirs(model, ids, new, **how) for name, how in (others or {}).items()}
+        theirs = {name: static_call(model, ids, new, **how) for name, how in (others or {}).items()}
         times = rounds(
             {"model.generate": call(model, ids, new, None)} | theirs | ours,
             count=options.rounds,

@@ -4,8 +4,9 @@
     python tests/benchmarks/bench_device.py --layers 8 --width 128 --tokens 17 --rounds 3   # a look
 
 Part `calls`: whole calls, exits prescribed by position (mean depth one half) and full depth,
-through the host's loop and through the step in fixed shapes, beside `model.generate`. Realised is
-full depth over early exits, both through the same kind of step.
+through the host's loop and through the step in fixed shapes, beside `model.generate` with its
+dynamic cache and its static one, with `--compiled` compiled too. Realised is full depth over early
+exits, both through the same kind of step.
 
 Part `pieces`: seconds of the pieces of a step, on a GPU each replayed as a graph of its own: the
 probe behind a segment, an IF node whose body is skipped, the stacked fill of all skipped layers and
@@ -38,6 +39,7 @@ from workshop import (
     rounds,
     shown,
     stamp,
+    static_call,
 )
 
 from adaptive._device_stack import DeviceStack, ExactDeviceStack, PropagateDeviceStack
@@ -78,8 +80,14 @@ def calls(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) ->
             for name in options.patterns.split(",")
         } | {"full depth": full}
         variants: dict[str, Callable[[], Any]] = {
-            "model.generate": call(model, ids, options.tokens, None)
+            "model.generate": call(model, ids, options.tokens, None),
+            "static cache": static_call(
+                model, ids, options.tokens, cache_implementation="static", disable_compile=True
+            ),
         }
+        if options.compiled:
+            compiled = static_call(model, ids, options.tokens, compiled=True)
+            variants["static cache, compiled"] = compiled
         variants |= {
             f"{name} | {kind}": call(model, ids, options.tokens, policy, **how)
             for name, policy in plan.items()
@@ -96,14 +104,22 @@ def calls(model: LlamaForCausalLM, options: argparse.Namespace, clock: Clock) ->
                 ),
             }
             for name, seconds in times.items()
-            if name != "model.generate"
+            if " | " in name
+        } | {
+            name: {
+                "ms_per_token": float(np.median(seconds)) / options.tokens * 1e3,
+                "speed against model.generate": ratio(plain, seconds),
+            }
+            for name, seconds in times.items()
+            if name.startswith("static cache")
         }
         report[f"batch {batch}"] = found
         for name, row in found.items():
+            inside = row.get("speed against full depth")
             print(
                 f"    batch {batch}, {name:40s} {row['ms_per_token']:8.3f} ms, x"
-                f"{shown(row['speed against model.generate'])} of model.generate, x"
-                f"{shown(row['speed against full depth'])} of full depth"
+                f"{shown(row['speed against model.generate'])} of model.generate"
+                + ("" if inside is None else f", x{shown(inside)} of full depth")
             )
     return report
 

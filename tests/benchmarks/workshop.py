@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from unittest import mock
 
 import numpy as np
 import torch
@@ -184,6 +185,28 @@ def call(
     if policy is None:
         return lambda: model.generate(ids, **common)
     return lambda: generate(model, ids, policy=policy, **common, **settings)
+
+
+def static_call(
+    model: PreTrainedModel, ids: Tensor, new: int, *, compiled: bool = False, **settings: Any
+) -> Callable[[], Any]:
+    """`model.generate` with settings of a static cache; compiled, with its forward as a whole.
+
+    On a GPU transformers compiles by itself with such a cache, and captures; on a CPU it does not.
+    """
+    common = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    if not compiled:
+        return lambda: model.generate(ids, **common, **settings)
+    static = common | {"cache_implementation": "static"}
+    if model.device.type != "cpu":
+        return lambda: model.generate(ids, **static)
+    fast = torch.compile(model.forward, dynamic=False)
+
+    def run() -> Any:
+        with mock.patch.object(model, "forward", fast):
+            return model.generate(ids, **static)
+
+    return run
 
 
 def machine() -> dict[str, Any]:

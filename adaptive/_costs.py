@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -64,6 +64,11 @@ class Costs:
     def of_head(self, tokens: float) -> float:
         """Time of the head, the same way."""
         return _at(self.tokens, self.head, tokens)
+
+    @cached_property
+    def least(self) -> float:
+        """Time of one layer for a token of the pass in which a token takes least."""
+        return float(np.divide(self.layer, self.tokens).min())
 
     @property
     def efficient(self) -> int:

@@ -432,7 +432,9 @@ def _job(
     capture: Capture | None = own["capture"]
     stack: AbstractStack
     if capture is None:
-        stack = stack_for(executor, exits, policy.mode, rows=rows, most=most, apart=apart)
+        stack = stack_for(
+            executor, exits, policy.mode, rows=rows, most=most, apart=apart, costs=costs
+        )
     elif kept is not None:
         kept.go_on_with(own["units"])
         stack = kept

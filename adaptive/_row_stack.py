@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive._costs import Costs
 from adaptive._executor import TokenExecutor
 from adaptive._stack import HostStack
 from adaptive._tokens import Tokens, ring_places
@@ -106,53 +107,81 @@ class RowStack(HostStack):
 
 
 class ExactRowStack(RowStack):
-    """``exact`` mode: where one row needs a segment, all that wait in front of it pass it.
+    """``exact`` mode: where some rows need a segment, what waits in front of it may pass with them.
 
-    Every token has to pass every layer sooner or later, and a pass takes hardly less time with
-    fewer tokens: nothing is gained by leaving some behind. Rows that are finished are: nobody may
-    ever ask for theirs.
+    Every token has to pass every layer sooner or later: of the rows that need the segment at once,
+    of the others where that costs no more than it will in the largest pass. Rows that are finished
+    are left out: nobody may ever ask for theirs.
+
+    Parameters
+    ----------
+    executor, exits, batch, most
+        See :class:`RowStack`.
+    costs : Costs, optional
+        Of passes on this machine; ``None`` takes everything along.
     """
 
     def __init__(
-        self, executor: TokenExecutor, exits: tuple[int, ...], *, batch: int, most: int
+        self,
+        executor: TokenExecutor,
+        exits: tuple[int, ...],
+        *,
+        batch: int,
+        most: int,
+        costs: Costs | None = None,
     ) -> None:
         super().__init__(executor, exits, batch=batch, most=most)
+        self._costs = costs
         self._finals: list[tuple[Tokens, Tensor]] = []
         self._start = 0
 
     def deepen(
         self, segment: int, hidden: Tensor, slot: int, rows: list[int], running: Tensor
     ) -> Tensor:
-        """See :class:`HostStack`: rows that have stopped are taken along."""
+        """See :class:`HostStack`."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
-        present = np.flatnonzero(self.filled[0] > slot)
-        start = int(self.filled[segment, present[0]])  # these rows have always gone together
-        if present.size == self.batch:
-            done = self._pass(segment, hidden, start, slot)
+        filled, stops = self.filled[segment], self.filled[segment - 1]
+        present, going = np.flatnonzero(self.filled[0] > slot), np.asarray(rows)
+        needed = int((stops - filled)[going].sum())
+        if self._pays_along(needed, int((stops - filled)[present].sum()) - needed):
+            going = present
+        starts = filled[going].copy()
+        together = going.size == self.batch and (starts == starts[0]).all()
+        if together and (stops == slot + 1).all():
+            done = self._pass(segment, hidden, int(starts[0]), slot, running)
             self.filled[segment] = slot + 1
             return done
-        newest = self._newest(present.tolist(), slot)
+        newest = self._newest(rows, slot)
         states, tokens = hidden[newest.rows, 0], newest
-        if start < slot:
-            behind = self._waiting(segment, present, np.full_like(present, slot))
+        before = stops[going] - np.isin(going, rows)
+        if (starts < before).any():
+            behind = self._waiting(segment, going, before)
             states, tokens = torch.cat([self._states(behind), states]), behind + newest
         done = self.executor.run_tokens(low, high, states, tokens)
         self._hand_on(segment, tokens, done)
-        self.filled[segment, present] = slot + 1
+        self.filled[segment, going] = stops[going]
         return _with(hidden, newest, done[tokens.count - newest.count :])
 
-    def _pass(self, segment: int, newest: Tensor, start: int, slot: int) -> Tensor:
+    def _pays_along(self, needed: int, others: int) -> bool:
+        """Whether to take ``others`` along in a pass of ``needed`` tokens."""
+        if others == 0 or self._costs is None:
+            return True
+        whole, alone = (self._costs.of_layer(count) for count in (needed + others, needed))
+        return whole - alone <= others * self._costs.least
+
+    def _pass(self, segment: int, hidden: Tensor, start: int, slot: int, running: Tensor) -> Tensor:
         """Run slots ``start .. slot`` of all rows; the last one's state, ``[batch, 1, width]``."""
         low, high = self.bounds[segment], self.bounds[segment + 1]
-        given, device = newest, newest.device
+        device, kept = hidden.device, self._kept(hidden)
+        # rows that stopped before have gone on without the loop's knowing
+        left = kept[:, slot % self.most]
+        given = torch.where(running[:, None], hidden[:, 0], left)[:, None]
         if start < slot:
-            kept = self._kept(newest)
             waiting = ring_places(start, slot, places=self.most, device=device)
-            given = torch.cat([kept[:, waiting], newest], dim=1)
+            given = torch.cat([kept[:, waiting], given], dim=1)
         done = self.executor.run(low, high, given, start)
         if segment < self.segments - 1:
-            into = ring_places(start, slot + 1, places=self.most, device=device)
-            self._kept(newest)[:, into] = done
+            kept[:, ring_places(start, slot + 1, places=self.most, device=device)] = done
         elif self.keep_finals:
             every = np.arange(self.batch)
             begin, end = (np.full_like(every, place) for place in (start, slot + 1))

@@ -54,6 +54,7 @@ def stack_for(
     rows: int,
     most: int,
     apart: bool,
+    costs: Costs | None = None,
 ) -> AbstractStack:
     """Let rows of a batch go their own ways, or stay together."""
     if not apart or not isinstance(executor, TokenExecutor):
@@ -61,7 +62,7 @@ def stack_for(
         return shared(executor, exits.layers)
     if mode == "propagate":
         return PropagateRowStack(executor, exits.layers, batch=rows, most=most)
-    return ExactRowStack(executor, exits.layers, batch=rows, most=most)
+    return ExactRowStack(executor, exits.layers, batch=rows, most=most, costs=costs)
 
 
 def device_stack_for(

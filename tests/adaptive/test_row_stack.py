@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive import _generate, _stacking, generate, get_exits
+from adaptive._costs import Costs
 from adaptive._native import NativeExecutor
 from adaptive._stack import ExactStack, PropagateStack
 from adaptive._tokens import Tokens, visible
@@ -223,3 +224,61 @@ def test_in_exact_mode_rows_go_together_until_one_is_finished(
     assert all(row >= 3 or slot < end[row] for row, slot in picked)
     lengths = [*(stop - ids.shape[1] for stop in end), *(new.shape[1] - 1 for _ in LENGTHS[3:])]
     assert counted.work < (ids.numel() + sum(lengths)) * helpers.LAYERS
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("ended", [False, True], ids=["full length", "rows end"])
+def test_whoever_is_taken_along_nothing_changes(
+    name: str, ended: bool, shared: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = helpers.shared(name)
+    ids, mask = helpers.prompts(LENGTHS)
+    given: dict[str, Any] = {
+        "attention_mask": mask,
+        "policy": helpers.mixed(model, "exact"),
+        "max_new_tokens": 24,
+        "max_pending": 6,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
+    if ended:
+        text = shared(model, ids, **given).sequences
+        given["eos_token_id"] = text[:3, ids.shape[1] + 9].tolist()
+    theirs = shared(model, ids, **given)
+    rng, asked = np.random.default_rng(0), []
+
+    def coin(own: Any, needed: int, others: int) -> bool:
+        asked.append(others > 0)
+        return bool(rng.random() < 0.5)
+
+    monkeypatch.setattr(_stacking.ExactRowStack, "_pays_along", coin)
+    for _ in range(3):
+        ours = generate(model, ids, **given)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert torch.equal(ours.exit_stages, theirs.exit_stages)
+        assert torch.equal(ours.agreement, theirs.agreement)
+    assert any(asked)
+
+
+def test_waiting_tokens_are_taken_along_where_a_pass_takes_hardly_longer(
+    helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them where time is that of reading weights; nobody where it is that of the tokens."""
+    model = helpers.shared("llama")
+    ids, mask = helpers.prompts(LENGTHS)
+    policy = helpers.mixed(model, "exact")
+    counts = tuple(range(1, 65))
+    flat = Costs(counts, tuple(1.0 + 1e-6 * n for n in counts), tuple(map(float, counts)))
+    steep = Costs(counts, tuple(float(n) ** 1.1 for n in counts), tuple(map(float, counts)))
+    texts, passed = [], []
+    for costs in (flat, steep):
+        monkeypatch.setattr(_generate, "needed_costs", lambda *_, costs=costs, **__: costs)
+        monkeypatch.setattr(_generate, "inbox", lambda *_: 40)
+        counted = _Counted(monkeypatch)
+        texts.append(generate(model, ids, attention_mask=mask, policy=policy, max_new_tokens=24))
+        passed.append(counted.work)
+        monkeypatch.undo()
+        monkeypatch.setattr(_stacking, "pays_apart", lambda *_, **__: True)
+    assert torch.equal(*texts)
+    # what nobody needed any more at the end has not been paid for
+    assert passed[1] < passed[0]

@@ -71,8 +71,10 @@ def mean_cost_bound(stages: ArrayLike, trace: Trace, *, delta: float) -> float:
     Returns
     -------
     float
-        With probability at least ``1 - delta`` over independent units the expected cost is at
-        most this. The routed risk is another statement, certified by itself.
+        With probability at least ``1 - delta`` over the draw of the trace's units, which are
+        independent and alike, the expected cost of a new one is at most this; where the trace has
+        groups, of a new cluster, which has the mean of its units. The routed risk is another
+        statement, certified by itself.
     """
     full = float(trace.costs[-1])
     shares = cluster_means(unit_costs(stages, trace), trace) / full

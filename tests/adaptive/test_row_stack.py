@@ -83,12 +83,8 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-@pytest.mark.parametrize("mode", ["exact", "propagate"])
-@pytest.mark.parametrize("name", NATIVE)
-@pytest.mark.parametrize("ended", [False, True], ids=["full length", "rows end"])
-def test_rows_of_their_own_change_nothing(
-    name: str, mode: Any, ended: bool, shared: Any, helpers: Any
-) -> None:
+def _some_end(helpers: Any, name: str, mode: str, run: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """A model, prompts and settings; with ``run``, such that three rows end before the others."""
     model = helpers.shared(name)
     ids, mask = helpers.prompts(LENGTHS)
     given: dict[str, Any] = {
@@ -99,9 +95,19 @@ def test_rows_of_their_own_change_nothing(
         "pad_token_id": 0,
         "return_dict_in_generate": True,
     }
-    if ended:
-        text = shared(model, ids, **given).sequences
+    if run is not None:
+        text = run(model, ids, **given).sequences
         given["eos_token_id"] = text[:3, ids.shape[1] + 9].tolist()
+    return model, ids, given
+
+
+@pytest.mark.parametrize("mode", ["exact", "propagate"])
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("ended", [False, True], ids=["full length", "rows end"])
+def test_rows_of_their_own_change_nothing(
+    name: str, mode: Any, ended: bool, shared: Any, helpers: Any
+) -> None:
+    model, ids, given = _some_end(helpers, name, mode, shared if ended else None)
     ours, theirs = generate(model, ids, **given), shared(model, ids, **given)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert torch.equal(ours.exit_stages, theirs.exit_stages)
@@ -231,19 +237,7 @@ def test_in_exact_mode_rows_go_together_until_one_is_finished(
 def test_whoever_is_taken_along_nothing_changes(
     name: str, ended: bool, shared: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = helpers.shared(name)
-    ids, mask = helpers.prompts(LENGTHS)
-    given: dict[str, Any] = {
-        "attention_mask": mask,
-        "policy": helpers.mixed(model, "exact"),
-        "max_new_tokens": 24,
-        "max_pending": 6,
-        "pad_token_id": 0,
-        "return_dict_in_generate": True,
-    }
-    if ended:
-        text = shared(model, ids, **given).sequences
-        given["eos_token_id"] = text[:3, ids.shape[1] + 9].tolist()
+    model, ids, given = _some_end(helpers, name, "exact", shared if ended else None)
     theirs = shared(model, ids, **given)
     rng, asked = np.random.default_rng(0), []
 

@@ -242,7 +242,9 @@ def _plot(outcomes: Sequence[_Outcome], out: Path) -> Path | None:
     for ax, outcome in zip(axes[0], tested, strict=True):
         assert outcome.policy.certificate is not None
         RiskPathDisplay.from_certificate(outcome.policy.certificate).plot(ax=ax)
-        ax.set_title(f"`{outcome.mode}` mode")
+        legend = ax.get_legend()
+        assert legend is not None
+        legend.set_title(f"{outcome.mode} mode")  # a title of the axes would lie on the legend
     path = out / "risk_path.png"
     save_figure(axes[0][0], path)
     pyplot.close(figure)

@@ -6,10 +6,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
-from adaptive import InvalidArgumentError
+from adaptive import InvalidArgumentError, _demo
 from adaptive._demo import run_demo
+from adaptive._display_axes import save_figure
 from adaptive.examples import SHIPPED
 from adaptive.policies import Policy
 
@@ -36,7 +38,24 @@ def test_more_prompts_than_there_are_is_said_of_the_option() -> None:
         )
 
 
-def test_the_demo_keeps_its_promise_and_writes_what_it_says(tmp_path: Path) -> None:
+def _no_title_lies_on_its_legend(ax: Axes) -> None:
+    legend, title = ax.get_legend(), ax.title
+    if legend is not None and title.get_text():
+        assert not legend.get_window_extent().overlaps(title.get_window_extent())
+
+
+def test_the_demo_keeps_its_promise_and_writes_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures: list[Axes] = []
+
+    def noted(ax: Axes, path: Path) -> None:
+        pictures.extend(ax.get_figure().axes)
+        save_figure(ax, path)
+        for own in pictures:
+            _no_title_lies_on_its_legend(own)
+
+    monkeypatch.setattr(_demo, "save_figure", noted)
     console = Console(width=160, record=True, file=StringIO())
     run_demo(
         risk=0.2,
@@ -53,6 +72,9 @@ def test_the_demo_keeps_its_promise_and_writes_what_it_says(tmp_path: Path) -> N
     for word in ("exact", "propagate", "promised risk", "tokens/s", "mean depth", "One completion"):
         assert word in text
     assert (tmp_path / "out" / "risk_path.png").stat().st_size > 10_000
+    legends = [ax.get_legend() for ax in pictures if ax.get_legend() is not None]
+    titles = [legend.get_title().get_text() for legend in legends]
+    assert titles == ["exact mode", "propagate mode"]
     for mode in ("exact", "propagate"):
         policy = Policy.from_pretrained(tmp_path / "out" / mode)
         assert policy.mode == mode
